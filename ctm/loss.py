@@ -1,0 +1,64 @@
+"""Losses of thoughts: the two-tick rule, once for all tasks, and the curriculum of routes (paper section 3.5, appendix C).
+
+Everything is vectorised and stays on the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+
+def gather_tick(values: Tensor, tick_B: Tensor) -> Tensor:
+    """Picks one tick of every sample: (B, T, ...) and (B,) -> (B, ...)."""
+    return values[torch.arange(len(values), device=values.device), tick_B]
+
+
+def two_tick_loss(loss_BT: Tensor, certainty_BT: Tensor, most_certain: bool = True) -> Tensor:
+    """Mean over samples of the loss at the best tick and at the most certain tick, half each (equations 11-12).
+
+    Args:
+        loss_BT: loss of every sample at every tick.
+        certainty_BT: certainty of the same; picks a tick, carries no gradient.
+        most_certain: False takes the last tick in place of the most certain one (published for LSTM baselines).
+    """
+    best = loss_BT.argmin(1)
+    second = certainty_BT.argmax(1) if most_certain else torch.full_like(best, loss_BT.shape[1] - 1)
+    return (gather_tick(loss_BT, best).mean() + gather_tick(loss_BT, second).mean()) / 2
+
+
+def cross_entropy(predictions_BTC: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy at every tick and position: logits (B, T, P * K) and targets (B, P) -> (B, T, P)."""
+    positions, ticks = targets.shape[1], predictions_BTC.shape[1]
+    logits = rearrange(predictions_BTC, "b t (p k) -> b k t p", p=positions)
+    return F.cross_entropy(logits, targets[:, None].expand(-1, ticks, -1), reduction="none")
+
+
+def classification_loss(predictions_BTC: Tensor, certainty_BT: Tensor, targets: Tensor, most_certain=True) -> Tensor:
+    """Two-tick cross-entropy for targets (B,) or (B, P), averaged over positions."""
+    targets = rearrange(targets, "b -> b 1") if targets.ndim == 1 else targets
+    loss_BT = reduce(cross_entropy(predictions_BTC, targets), "b t p -> b t", "mean")
+    return two_tick_loss(loss_BT, certainty_BT, most_certain)
+
+
+def route_loss(
+    predictions_BTC: Tensor, certainty_BT: Tensor, routes_BP: Tensor, lookahead: int = 5, most_certain: bool = True
+) -> Tensor:
+    """Two-tick cross-entropy of routes under the published curriculum.
+
+    Of each route only the first positions count: up to the end of the longest prefix that is right at some tick, and
+    `lookahead` beyond (`curriculum_mask`). A model so learns a route from its start outwards.
+    """
+    mask_BP = curriculum_mask(predictions_BTC, routes_BP, lookahead)
+    loss_BTP = cross_entropy(predictions_BTC, routes_BP) * mask_BP[:, None]
+    return two_tick_loss(loss_BTP.sum(-1) / mask_BP.sum(-1, keepdim=True), certainty_BT, most_certain)
+
+
+@torch.no_grad()
+def curriculum_mask(predictions_BTC: Tensor, routes_BP: Tensor, lookahead: int) -> Tensor:
+    """(B, P), 1 where a position counts: the first max(n, 1) - 1 + lookahead, n the longest right prefix of any tick."""
+    positions = routes_BP.shape[1]
+    moves_BTP = rearrange(predictions_BTC, "b t (p k) -> b t p k", p=positions).argmax(-1)
+    prefix_B = (moves_BTP == routes_BP[:, None]).int().cumprod(-1).sum(-1).amax(1)
+    upto_B = prefix_B.clamp(min=1) - 1 + lookahead
+    return (torch.arange(positions, device=routes_BP.device) < upto_B[:, None]).float()

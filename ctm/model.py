@@ -1,0 +1,230 @@
+"""The Continuous Thought Machine (arXiv 2505.05522): the paper's figure 1, top to bottom.
+
+One tick, with z the activations of D neurons and `read` what the world shows:
+
+       z ── synchronize ──> query ──> attend to the tokens ──> o          (or `read` is o itself)
+       (o, z) ── synapses ──> pre-activations ──> memory of the last M ── neuron-level models ──> next z
+       next z ── synchronize ──> head ──> prediction of this tick
+
+`CTM.tick` is the whole recurrence, `CTM.forward` runs it. Shape letters are those of `ctm.modules`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ctm.modules import (
+    CrossAttention,
+    KeysValues,
+    NeuronLevelModels,
+    Pairing,
+    SynapseLayer,
+    SynapseUNet,
+    Synchronization,
+    SyncState,
+    certainty,
+    choose_pairs,
+)
+
+
+@dataclass(frozen=True)
+class CTMConfig:
+    """Everything that fixes a CTM but its inputs and outputs."""
+
+    d_model: int = 512
+    """D, the number of neurons."""
+    d_input: int = 128
+    """E, the width of a token and of what attention returns."""
+    ticks: int = 50
+    """T, internal ticks of thought."""
+    heads: int = 4
+    """Attention heads; 0 for a model whose reads are ready vectors."""
+    n_synch_out: int = 32
+    """Neurons (dense, semi-dense) or pairs (random) whose synchronization gives the prediction."""
+    n_synch_action: int = 32
+    """The same for the attention query; 0 without attention."""
+    pairing: Pairing = "dense"
+    """Which neurons are paired: dense (first and last neurons), semi-dense (two random draws), random (pairs)."""
+    n_self_pairs: int = 0
+    """Of the random pairs, how many pair a neuron with itself."""
+    synapse_depth: int = 4
+    """Depth of the synapse U-Net; 1 for a single gated layer."""
+    memory_length: int = 25
+    """M, how many past inputs a neuron-level model sees."""
+    nlm_hidden: int = 4
+    """H, hidden width of a neuron-level model; 0 for the shallow model."""
+    nlm_layernorm: bool = False
+    """LayerNorm before both layers of the neuron-level models."""
+    dropout: float = 0.0
+    """Dropout in attention and synapses."""
+    nlm_dropout: float | None = None
+    """Dropout in the neuron-level models; null for the same as `dropout`."""
+
+    def __post_init__(self):
+        sizes = ("d_model", "d_input", "ticks", "n_synch_out", "synapse_depth", "memory_length")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads and self.d_input % self.heads:
+            raise ValueError(f"d_input={self.d_input} must be a multiple of heads={self.heads}")
+        if bool(self.heads) != bool(self.n_synch_action):
+            raise ValueError("heads and n_synch_action go together: both 0 for a model without attention")
+        if self.pairing == "dense" and self.n_synch_out + self.n_synch_action > self.d_model:
+            raise ValueError(
+                f"dense pairing needs d_model >= n_synch_out + n_synch_action, "
+                f"got {self.d_model} < {self.n_synch_out} + {self.n_synch_action}"
+            )
+        smallest = min(self.n_synch_out, self.n_synch_action or self.n_synch_out)
+        if self.n_self_pairs and (self.pairing != "random" or self.n_self_pairs >= smallest):
+            raise ValueError(f"n_self_pairs={self.n_self_pairs} needs random pairing with more pairs than that")
+
+
+class State(NamedTuple):
+    """What a CTM carries from tick to tick."""
+
+    z_BD: Tensor
+    """Activations."""
+    trace_BDM: Tensor
+    """The last M pre-activations of every neuron, newest last."""
+    action: SyncState | None
+    """Synchronization behind the attention query."""
+    out: SyncState
+    """Synchronization behind the prediction."""
+    sync_BR: Tensor
+    """The last output synchronization."""
+
+
+class Thought(NamedTuple):
+    """What thinking gave. `certainty` and `predictions` cover every tick, the rest is the last tick's."""
+
+    predictions: Tensor
+    """Logits (B, T, C), C = positions x classes."""
+    certainty: Tensor
+    """(B, T), 1 - normalised entropy."""
+    sync: Tensor | None = None
+    """Last output synchronization (B, R)."""
+    state: State | None = None
+    """To think on from here."""
+
+
+Read = Tensor | KeysValues
+"""Tokens (B, S, E) to attend to, the same already projected, or a ready vector (B, E)."""
+
+
+class CTM(nn.Module):
+    """A Continuous Thought Machine: reads -> `Thought`.
+
+    Args:
+        config: sizes and kinds of the parts.
+        out_dims: (positions, classes) of the prediction; (1, K) for plain classification into K classes.
+    """
+
+    def __init__(self, config: CTMConfig, out_dims: tuple[int, int]):
+        super().__init__()
+        c = self.config = config
+        self.out_dims = tuple(out_dims)
+        nlm_dropout = c.dropout if c.nlm_dropout is None else c.nlm_dropout
+        n_in = c.d_input + c.d_model
+
+        self.z_start = nn.Parameter(torch.empty(c.d_model).uniform_(-1, 1) / c.d_model**0.5)
+        self.trace_start = nn.Parameter(
+            torch.empty(c.d_model, c.memory_length).uniform_(-1, 1) / (c.d_model + c.memory_length) ** 0.5
+        )
+        if c.heads:
+            self.sync_action = Synchronization(
+                *choose_pairs(c.d_model, c.n_synch_action, c.pairing, c.n_self_pairs, first=False)
+            )
+            self.query = nn.Linear(len(self.sync_action.decay), c.d_input)
+            self.attention = CrossAttention(c.d_input, c.heads, c.dropout)
+        if c.synapse_depth == 1:
+            self.synapses = SynapseLayer(n_in, c.d_model, c.dropout)
+        else:
+            self.synapses = SynapseUNet(n_in, c.d_model, c.synapse_depth, c.dropout)
+        self.neurons = NeuronLevelModels(c.d_model, c.memory_length, c.nlm_hidden, nlm_dropout, c.nlm_layernorm)
+        self.sync_out = Synchronization(
+            *choose_pairs(c.d_model, c.n_synch_out, c.pairing, c.n_self_pairs, first=True)
+        )
+        self.head = nn.Linear(len(self.sync_out.decay), self.out_dims[0] * self.out_dims[1])
+
+    def start(self, batch: int) -> State:
+        """The learned state before the first tick. The output synchronization has seen it, the action one has not."""
+        z_BD = self.z_start.expand(batch, -1)
+        trace_BDM = self.trace_start.expand(batch, -1, -1)
+        action = self.sync_action.start(batch) if self.config.heads else None
+        sync_BR, out = self.sync_out(self.sync_out.start(batch), z_BD)
+        return State(z_BD, trace_BDM, action, out, sync_BR)
+
+    def tick(self, read: Read, state: State) -> State:
+        """One internal tick: the whole recurrence.
+
+        Args:
+            read: tokens (B, S, E), `KeysValues` of them, or a ready vector (B, E).
+            state: of the tick before, or `start(B)`.
+        """
+        z_BD, trace_BDM, action, out, _ = state
+        if action is not None:  # the action synchronization moves on even while nothing is attended to
+            sync_action_BR, action = self.sync_action(action, z_BD)
+        read = self.project(read)
+        o_BE = self.attention(self.query(sync_action_BR), read) if isinstance(read, KeysValues) else read
+
+        pre_BD = self.synapses(torch.cat([o_BE, z_BD], dim=-1))
+        trace_BDM = torch.cat([trace_BDM[..., 1:], pre_BD[..., None]], dim=-1)
+        z_BD = self.neurons(trace_BDM)
+
+        sync_BR, out = self.sync_out(out, z_BD)
+        return State(z_BD, trace_BDM, action, out, sync_BR)
+
+    def forward(
+        self, reads: Read | Sequence[Read], ticks: int | None = None, state: State | None = None
+    ) -> Thought:
+        """Thinks for some ticks.
+
+        Args:
+            reads: one read for all ticks, or a list with one for each tick.
+            ticks: how many, for one read; `config.ticks` where not given.
+            state: to continue from; the learned start where not given.
+
+        Raises:
+            ValueError: where `ticks` is given and differs from the number of reads, or there is no tick at all.
+        """
+        if isinstance(reads, Tensor | KeysValues):
+            ticks = self.config.ticks if ticks is None else ticks
+            reads = [self.project(reads)] * ticks
+        elif ticks not in (None, len(reads)):
+            raise ValueError(f"{len(reads)} reads are {len(reads)} ticks, not {ticks}")
+        if not reads:
+            raise ValueError("a thought takes at least one tick")
+        if state is None:
+            first = reads[0]
+            state = self.start(len(first.keys if isinstance(first, KeysValues) else first))
+        syncs = []
+        for read in reads:
+            state = self.tick(read, state)
+            syncs.append(state.sync_BR)
+        predictions_BTC = self.head(torch.stack(syncs, dim=1)).float()
+        return Thought(predictions_BTC, certainty(predictions_BTC, self.out_dims[1]), state.sync_BR, state)
+
+    def project(self, read: Read) -> Read:
+        """Tokens become keys and values, once for all ticks that read them; anything else stays what it is."""
+        is_tokens = isinstance(read, Tensor) and read.ndim == 3
+        return self.attention.keys_values(read) if is_tokens else read
+
+    def project_parameters(self) -> None:
+        """Puts bounded parameters (decays) back into their bounds; to be called after every optimiser step."""
+        for part in self.modules():
+            if isinstance(part, Synchronization):
+                part.project()
+
+
+class Thinker(nn.Module):
+    """An encoder and what thinks about its tokens (a `CTM` or a baseline): inputs -> `Thought`."""
+
+    def __init__(self, encoder: nn.Module, net: nn.Module):
+        super().__init__()
+        self.encoder, self.net = encoder, net
+
+    def forward(self, *inputs: Tensor, ticks: int | None = None) -> Thought:
+        return self.net(self.encoder(*inputs), ticks)

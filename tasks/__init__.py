@@ -1,0 +1,1 @@
+"""Tasks: data, metrics, losses and figures, one file each, and the harness that runs them."""

@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: FFConfig, out_dims: tuple[int, int], n_tokens: int, width: int):
         super().__init__()
         c = self.config = config
-        self.out_dims = tuple(out_dims)
+        self.out_dims, self.n_tokens, self.width = tuple(out_dims), n_tokens, width
         hidden = [nn.Linear(width, c.d_model), nn.ReLU()]
         if not c.pool:
             hidden = [nn.Linear(n_tokens * width, 2 * c.d_model), nn.GLU()]

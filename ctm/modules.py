@@ -155,7 +155,8 @@ class Synchronization(nn.Module):
         # Clamped straight-through: a decay at its bound still gets a gradient that can bring it back.
         clamped = self.decay + (self.decay.clamp(0, self.MAX_DECAY) - self.decay).detach()
         r = torch.exp(-clamped)
-        alpha = r * state.alpha_BR + z_BD[:, self.left] * z_BD[:, self.right]
+        products_BR = z_BD.index_select(1, self.left) * z_BD.index_select(1, self.right)
+        alpha = torch.addcmul(products_BR, r, state.alpha_BR)
         beta = r * state.beta_R + 1
         return alpha / beta.sqrt(), SyncState(alpha, beta)
 

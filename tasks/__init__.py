@@ -1,1 +1,1 @@
-"""Tasks: data, metrics, losses and figures, one file each, and the harness that runs them."""
+"""Tasks: data, metrics, losses and pictures, one file each; and the harness that runs them (cli.py, run.py)."""

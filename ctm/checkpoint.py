@@ -1,0 +1,91 @@
+"""Checkpoints that describe themselves: a model as plain values, and back. Needs torch alone.
+
+A file written by training holds, beside Lightning's own entries, the key `ctm`: what `describe` returns. `load` needs
+nothing but the path.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ctm import encoders
+from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
+from ctm.model import CTM, CTMConfig, Thinker
+
+NETS = {"ctm": (CTM, CTMConfig), "lstm": (LSTM, LSTMConfig), "ff": (FeedForward, FFConfig)}
+
+
+def describe(model: Thinker) -> dict:
+    """The model as plain values; `build` makes it again, with fresh weights."""
+    net = model.net
+    kind = next(name for name, (cls, _) in NETS.items() if type(net) is cls)
+    sizes = {"n_tokens": net.n_tokens, "width": net.width} if kind == "ff" else {}
+    return {
+        "net": kind,
+        "config": asdict(net.config),
+        "out_dims": list(net.out_dims),
+        "sizes": sizes,
+        "d_input": getattr(net.config, "d_input", None),
+        "encoder": encoders.describe(model.encoder),
+    }
+
+
+def build(spec: dict) -> Thinker:
+    """A model of this description, with fresh weights."""
+    cls, config_cls = NETS[spec["net"]]
+    encoder = encoders.build(spec["d_input"], **spec["encoder"])
+    return Thinker(encoder, cls(config_cls(**spec["config"]), tuple(spec["out_dims"]), **spec["sizes"]))
+
+
+def read(path: str | Path) -> dict:
+    """A checkpoint's content, on the CPU, by `torch.load(weights_only=True)`.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not a whole, readable checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds here, all of which mean this
+        raise ValueError(f"{path} is not a readable checkpoint, or only part of one") from error
+
+
+def load(path: str | Path) -> Thinker:
+    """The trained model of a checkpoint, in evaluation mode. No Lightning, no task, no configuration needed.
+
+    Raises:
+        FileNotFoundError, ValueError: where the file is missing, damaged or no checkpoint of a model of this package.
+    """
+    checkpoint = read(path)
+    if "ctm" not in checkpoint:
+        raise ValueError(f"{path} is a checkpoint, but not of a model of this package: it does not describe one")
+    model = build(checkpoint["ctm"])
+    load_weights(model, {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}, path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: dict, path: str | Path) -> None:
+    """Loads a state dict of exactly the model's names and shapes.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    if difference := compare(model.state_dict(), state):
+        raise ValueError(f"{path} does not fit this model: {difference}")
+    model.load_state_dict(state)
+
+
+def compare(ours: dict, theirs: dict) -> str | None:
+    """The first difference in names or shapes of two state dicts, in words, or None."""
+    for name, value in ours.items():
+        if name not in theirs:
+            return f"it has no {name}"
+        if theirs[name].shape != value.shape:
+            return f"{name} is {tuple(theirs[name].shape)} there and {tuple(value.shape)} here"
+    extra = next((name for name in theirs if name not in ours), None)
+    return f"this model has no {extra}" if extra else None

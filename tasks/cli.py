@@ -1,0 +1,325 @@
+"""The command line: LightningCLI, with one-line errors, run folders, and checkpoints that bring their settings along.
+
+Precedence, lowest first: signatures, base.yaml, the task's file, a checkpoint's own settings, overlays, command line.
+"""
+
+import difflib
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from ctm.checkpoint import compare
+from tasks.run import (
+    Checkpoints,
+    FileLogger,
+    NotFinite,
+    Predictions,
+    Report,
+    RunProgress,
+    RunWandbLogger,
+    StopAtNaN,
+    Stopped,
+    UserError,
+    fail,
+    find_checkpoint,
+    read_run_checkpoint,
+    say,
+)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RUNS = Path("runs")
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words -> arguments
+
+
+def spell(words: list[str]) -> list[str]:
+    """Spells `task=maze key=value` out as LightningCLI's arguments; what already is one stays as it is.
+
+    `ckpt_path=last|best` becomes the path of a checkpoint, and the settings a checkpoint was trained with are put behind
+    the task's file, so that they hold unless an overlay or the command line says otherwise.
+
+    Raises:
+        UserError: for a word that cannot be one, an unknown task or overlay, or no such checkpoint.
+    """
+    words = list(words)
+    subcommand = words.pop(0) if words and words[0] in SUBCOMMANDS else "fit"
+    tasks, overlays, rest = [], [], []
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and not equals and words and not words[0].startswith("--") and key != "help":
+            value, equals = words.pop(0), "="
+        if not word.startswith("-") and not equals:
+            raise UserError(f"cannot read {word!r}: arguments are key=value, and the first may be one of {', '.join(SUBCOMMANDS)}")
+        if key in ("config", "c"):
+            (overlays if "overlay" in Path(value).parts[:-1] else tasks).append(config_file(value))
+        elif key == "task" and not word.startswith("-"):
+            tasks.append(named_config(value, "task"))
+        elif key == "overlay":
+            overlays.append(named_config(value, "overlay", CONFIGS / "overlay"))
+        else:
+            rest.append(f"--{key}={value}" if equals else f"--{key}")
+
+    stored = []
+    given = {key: value for key, _, value in (word.lstrip("-").partition("=") for word in rest)}
+    if ckpt := given.get("ckpt_path"):
+        task = next((name for name in map(task_of, reversed(tasks)) if name), None)
+        path = find_checkpoint(RUNS, ckpt, task, given.get("run")) if ckpt in ("last", "best") else Path(ckpt)
+        checkpoint = read_run_checkpoint(path)
+        say(f"checkpoint: {path} (step {checkpoint['global_step']})")
+        rest = [f"--ckpt_path={path.resolve()}" if word.startswith("--ckpt_path=") else word for word in rest]
+        stored = [json.dumps(settings(checkpoint["config"], subcommand))]
+    configs = tasks[:1] + stored + tasks[1:] + overlays
+    return [subcommand, *(f"--config={config}" for config in configs), *rest]
+
+
+def settings(config: dict, subcommand: str) -> dict:
+    """What of a run's configuration holds for a command on its checkpoint: all to go on, else what is not the trainer's."""
+    keep = {"task", "seed_everything", "model", "data"} | ({"trainer", "checkpoint"} if subcommand == "fit" else set())
+    return {key: value for key, value in config.items() if key in keep}
+
+
+def named_config(name: str, kind: str, folder: Path = CONFIGS) -> str:
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
+        known = [k for k in known if k != "base" and (kind == "overlay" or not k.startswith("overlay"))]
+        raise UserError(f"there is no {kind} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return str(path)
+
+
+def config_file(value: str) -> str:
+    if not Path(value).is_file():
+        raise UserError(f"there is no configuration file {value!r}")
+    return value
+
+
+def task_of(config: str) -> str | None:
+    """The name of the task that a file configures; it says so itself."""
+    content = yaml.safe_load(Path(config).read_text())
+    return content.get("task") if isinstance(content, dict) else None
+
+
+def nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LightningCLI
+
+
+class Parser(LightningArgumentParser):
+    """Errors of one line that name the key and the nearest valid one."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        fail(explain(message, ex, self))
+
+
+def explain(message: str, ex: Exception | None, parser: Parser) -> str:
+    """The line of a parser's message that a person can act on."""
+    lines = [line.strip(" -") for line in str(message).splitlines() if line.strip()]
+    text = " ".join(lines)
+    known = known_keys(parser)
+    unknown = (
+        re.search(r"Unrecognized arguments: (?:--)?([\w.+]+)", text)
+        or re.search(r"Option '([\w.]+)' is not accepted", text)
+        or re.search(r"[Kk]ey ['\"]?([\w.]+)['\"]? is not (?:expected|accepted)", text)
+        or re.search(r"Group '[^']*' does not accept (?:nested )?(?:option|key) '([\w.]+)'", text)
+        or re.search(r"does not accept nested key '([\w.]+)'", text)
+        or re.search(r"unexpected keyword argument '([\w.]+)'", text)
+    )
+    if unknown:
+        key = unknown[1]
+        parent = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
+        full = next((w.lstrip("-").partition("=")[0] for w in sys.argv[1:] if key in w and "." in w), None)
+        if full is None and parent and not key.startswith(parent[1]):
+            full = f"{parent[1]}.{key}"
+        full = (full or key).replace(".init_args", "")
+        return f"unknown key {full!r}{nearest(full, known)}"
+    key = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
+    if key:
+        reason = lines[-1] if len(lines) > 1 else text.split(":", 1)[-1].strip()
+        typed = next((w.lstrip("-") for w in sys.argv[1:] if w.lstrip("-").startswith(key[1])), None)
+        return f"{typed or key[1]}: {reason}".replace(".init_args", "")
+    return text
+
+
+def known_keys(parser: Parser) -> list[str]:
+    """Every key that a person can write: the parser's own, and those of the classes that the given files choose."""
+    subcommand = next((name for name in SUBCOMMANDS if name in sys.argv[1:2]), None)
+    parser = getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices[subcommand] or parser
+    keys = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    for word in sys.argv[1:]:
+        if word.startswith("--config="):
+            config = word.partition("=")[2]
+            content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text())
+            for part in ("model", "data"):
+                if path := (content.get(part) or {}).get("class_path"):
+                    module, _, name = path.rpartition(".")
+                    keys |= set(signature_keys(getattr(importlib.import_module(module), name), part))
+    return sorted(key for key in keys if not key.endswith("help"))
+
+
+def signature_keys(cls: type, prefix: str) -> Iterator[str]:
+    """`prefix.argument`, and `prefix.argument.field` where the argument is a dataclass."""
+    for name, parameter in list(inspect.signature(cls).parameters.items()):
+        yield f"{prefix}.{name}"
+        for field in getattr(parameter.annotation, "__dataclass_fields__", ()):
+            yield f"{prefix}.{name}.{field}"
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder; a resumed run with other settings writes its own beside it."""
+
+    def setup(self, trainer: Trainer, pl_module, stage: str) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        folder = Path(trainer.default_root_dir)
+        text = self.parser.dump(self.config, skip_none=False)
+        path, n = folder / "config.yaml", 1
+        while path.exists() and path.read_text() != text:
+            n += 1
+            path = folder / f"config-{n}.yaml"
+        path.write_text(text)
+
+
+class CLI(LightningCLI):
+    """`train.py`'s command line. Trains, then tests the best checkpoint; every run has a folder of its own."""
+
+    def __init__(self):
+        super().__init__(
+            parser_class=Parser,
+            save_config_callback=RunConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            model_class=None,
+            parser_kwargs={"allow_abbrev": False}
+            | {name: {"allow_abbrev": False, "default_config_files": [str(CONFIGS / "base.yaml")]} for name in SUBCOMMANDS},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--task", type=str | None, default=None, help="Name of the task: runs are kept under it.")
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run; the time where not given.")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.link_arguments("data", "model.init_args.task", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's settings beat the command line here; `spell` has put them below it."""
+
+    # ------------------------------------------------------------------------------------------------------- the run
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Model and data stand; nothing has been written yet. What can be refused is refused here."""
+        config, checkpoints = self.config[self.subcommand], self._get(self.config_init, "checkpoint")
+        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        path = config.get("ckpt_path")
+        content = read_run_checkpoint(Path(path)) if path else {}
+        if content and (difference := compare(self.model.state_dict(), content["state_dict"])):
+            raise UserError(f"{path} does not fit this model: {difference}")
+        self.folder = self._run_folder(Path(path) if path else None)
+        step = content["global_step"] if content and self.resumes else 0
+        wandb_id = content.get("wandb_id") if self.resumes else None
+        checkpoints.folder, checkpoints.config = self.folder / "checkpoints", plain
+        checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
+        loggers = config.trainer.logger
+        if loggers in (None, True):
+            wandb = RunWandbLogger(
+                name=self.folder.name, project="ctm", group=config.get("task"), job_type=self.subcommand,
+                save_dir=str(self.folder), id=checkpoints.wandb_id, resume="allow", log_model=False,
+            )  # fmt: skip
+            loggers = [FileLogger(self.folder, step), wandb]
+            kwargs["logger"] = loggers
+        mine = [RunProgress(), StopAtNaN(), Report(self.folder)]
+        if self.subcommand == "predict":
+            mine.append(Predictions(self.folder))
+        self.trainer_defaults["callbacks"] = mine
+        self.config_init[self.subcommand]["weights_only"] = True
+        return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+
+    def _run_folder(self, ckpt: Path | None) -> Path:
+        """Makes the folder of a new run, or takes that of the run that goes on."""
+        config = self.config[self.subcommand]
+        task = config.get("task") or type(self.datamodule).__name__.removesuffix("Task").lower()
+        name, self.resumes = config.get("run"), False
+        if "CTM_RUN_FOLDER" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            return Path(os.environ["CTM_RUN_FOLDER"])  # started by the first process
+        if ckpt and self.subcommand == "fit" and ckpt.name == "last.ckpt" and ckpt.parent.name == "checkpoints":
+            folder = ckpt.parent.parent
+            self.resumes = name in (None, folder.name)
+        if not self.resumes:
+            stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+            folder = RUNS / task / (name or stamp)
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError as error:
+                if not folder.is_dir():
+                    raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
+                if name:
+                    hint = f"continue it with ckpt_path=last, or choose another run={name}"
+                    raise UserError(f"the run folder {folder} exists already: {hint}") from error
+                folder = folder.with_name(f"{stamp}-{os.urandom(2).hex()}")
+                folder.mkdir()
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
+        os.environ["CTM_RUN_FOLDER"] = str(folder)
+        say(f"run: {folder}" + (" (continued)" if self.resumes else ""))
+        return folder
+
+    def before_fit(self) -> None:
+        self._before()
+
+    def before_validate(self) -> None:
+        self._before()
+
+    def before_test(self) -> None:
+        self._before()
+
+    def before_predict(self) -> None:
+        self._before()
+
+    def _before(self) -> None:
+        n = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        say(f"{self.datamodule.describe()}\nmodel: {n:,} parameters to train")
+        if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path"):
+            say("warning: no ckpt_path is given, this model is untrained")
+
+    def after_fit(self) -> None:
+        """The test set is read once, by the checkpoint that did best in validation."""
+        folder = self.folder / "checkpoints"
+        best = next((path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.is_file()), None)
+        if best and not self.trainer.fast_dev_run:
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
+
+
+def main() -> None:
+    """Runs the command line in `sys.argv`, already spelled out."""
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU that has it
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what matters of it is said in `say`
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # Lightning's, of PyTorch
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # making mazes is fast
+    try:
+        CLI()
+    except Stopped as stop:
+        fail(f"{stop}; continue with ckpt_path=last", 128 + stop.signum)
+    except NotFinite as error:
+        fail(str(error), 1)
+    except UserError as error:
+        fail(str(error))

@@ -1,0 +1,300 @@
+"""Mazes: look at a picture with a start, a goal and walls, and say the moves that lead from one to the other.
+
+Train, validation and test mazes never share a wall layout, in any orientation: a hash of the layout's canonical form
+decides which of the three it belongs to (`split_of`).
+"""
+
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ctm.loss import gather_tick, route_loss
+from ctm.model import Thought
+from tasks.base import Task
+from tasks.mazegen import ALGORITHMS, DOWN, LEFT, MOVES, RIGHT, UP, WAIT, Maze, layout_hash, make_maze
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, n, n) and routes (B, P)."""
+
+# What a move becomes when the picture is turned or mirrored; published codes U, D, L, R, wait.
+TURN_LEFT = {UP: LEFT, DOWN: RIGHT, LEFT: DOWN, RIGHT: UP, WAIT: WAIT}
+TURN_RIGHT = {UP: RIGHT, DOWN: LEFT, LEFT: UP, RIGHT: DOWN, WAIT: WAIT}
+MIRROR_COLUMNS = {UP: UP, DOWN: DOWN, LEFT: RIGHT, RIGHT: LEFT, WAIT: WAIT}
+MIRROR_ROWS = {UP: DOWN, DOWN: UP, LEFT: LEFT, RIGHT: RIGHT, WAIT: WAIT}
+
+
+def split_of(walls: np.ndarray) -> str:
+    """train (80 %), val (10 %) or test (10 %) by the wall layout alone, the same for its eight orientations."""
+    tenth = layout_hash(walls) % 10
+    return {8: "val", 9: "test"}.get(tenth, "train")
+
+
+def render(maze: Maze) -> np.ndarray:
+    """(3, n, n) floats in [0, 1]: free white, walls black, start red, goal green."""
+    image = np.repeat(~maze.walls[None], 3, axis=0).astype(np.float32)
+    image[:, maze.start[0], maze.start[1]] = (1, 0, 0)
+    image[:, maze.goal[0], maze.goal[1]] = (0, 1, 0)
+    return image
+
+
+def augment(image: np.ndarray, route: list[int], rng: Random) -> tuple[np.ndarray, list[int]]:
+    """The published augmentation: a quarter turn, a left-right and an up-down flip, each with probability 1/2."""
+    if rng.random() < 0.5:
+        left = rng.random() < 0.5
+        image, route = np.rot90(image, 1 if left else -1, axes=(1, 2)), _translate(route, TURN_LEFT if left else TURN_RIGHT)
+    if rng.random() < 0.5:
+        image, route = image[:, :, ::-1], _translate(route, MIRROR_COLUMNS)
+    if rng.random() < 0.5:
+        image, route = image[:, ::-1], _translate(route, MIRROR_ROWS)
+    return image, route
+
+
+def _translate(route: list[int], code: dict[int, int]) -> list[int]:
+    return [code[move] for move in route]
+
+
+def read_png(path: Path) -> Maze:
+    """A maze of the published folder format: the route painted blue from the red start to the green goal.
+
+    Raises:
+        ValueError: where the picture is not such a maze.
+    """
+    try:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable picture: {error}") from error
+    red, green, blue = ((pixels == np.eye(3, dtype=np.uint8)[i] * 255).all(-1) for i in range(3))
+    if pixels.shape[0] != pixels.shape[1] or red.sum() != 1 or green.sum() != 1:
+        raise ValueError(f"{path} is not a square maze with one red start and one green goal")
+    place, goal = (tuple(map(int, np.argwhere(colour)[0])) for colour in (red, green))
+    start, todo, route = place, blue | green, []
+    while place != goal:
+        for move in (UP, DOWN, LEFT, RIGHT):
+            row, column = place[0] + MOVES[move][0], place[1] + MOVES[move][1]
+            if 0 <= row < len(todo) and 0 <= column < len(todo) and todo[row, column]:
+                break
+        else:
+            raise ValueError(f"{path}: the blue route breaks off at row {place[0]}, column {place[1]}")
+        place = int(row), int(column)
+        todo[place] = False
+        route.append(move)
+    return Maze((pixels == 0).all(-1), start, goal, route)
+
+
+class MazeSet(Dataset):
+    """Mazes by position: `get(position)` gives one, the subclass says where it comes from; `[position]` is a sample."""
+
+    def __init__(self, task: "MazeTask", split: str, length: int | None):
+        self.task, self.split, self.length = task, split, length
+        self.kept: dict[int, Maze] = {}
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the training stream has no end")
+        return self.length
+
+    def get(self, position: int) -> Maze:
+        raise NotImplementedError
+
+    def maze(self, position: int) -> Maze:
+        """The maze as it is, before augmentation. Validation and test mazes are kept once made."""
+        if self.split == "train":
+            return self.get(position)
+        if position not in self.kept:
+            self.kept[position] = self.get(position)
+        return self.kept[position]
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        maze = self.maze(position)
+        image, route = render(maze), maze.route
+        if self.split == "train" and self.task.augment:
+            image, route = augment(image, route, Random(f"augment/{self.task.seed}/{position}"))
+        if self.task.expand_range:
+            image = 2 * image - 1
+        limit = self.task.route_length
+        route = route[:limit] + [WAIT] * (limit - len(route))
+        return np.ascontiguousarray(image, dtype=np.float32), np.array(route, dtype=np.int64)
+
+
+class GeneratedMazes(MazeSet):
+    """Mazes made from (seed, split, position). Validation and test mazes are the same for every seed of a run."""
+
+    def get(self, position: int) -> Maze:
+        task, split = self.task, self.split
+        seed = task.seed if split == "train" else ""
+        rng = Random(f"{seed}/{split}/{position}")
+        return make_maze(task.size, rng, task.algorithm, lambda walls: split_of(walls) == split)
+
+
+class FolderMazes(MazeSet):
+    """Mazes from PNG files. Training shuffles them anew on every pass."""
+
+    def __init__(self, task: "MazeTask", split: str, paths: list[Path]):
+        super().__init__(task, split, None if split == "train" else len(paths))
+        self.paths = paths
+        self.shuffled: tuple[int, np.ndarray] | None = None
+
+    def get(self, position: int) -> Maze:
+        turn, place = divmod(position, len(self.paths))
+        if self.split == "train":
+            if self.shuffled is None or self.shuffled[0] != turn:
+                self.shuffled = turn, np.random.default_rng((self.task.seed, turn)).permutation(len(self.paths))
+            place = self.shuffled[1][place]
+        return read_png(self.paths[place])
+
+
+def reached(walls: Tensor, start: Tensor, goal: Tensor, moves: Tensor) -> Tensor:
+    """Whether routes, walked move by move, come to the goal without leaving the grid or touching a wall before.
+
+    Args:
+        walls: (B, n, n) bool.
+        start, goal: (B,) flat places.
+        moves: (B, P) move codes.
+
+    Returns:
+        (B,) bool.
+    """
+    n = walls.shape[-1]
+    step = torch.tensor(MOVES, device=walls.device)
+    row, column = start // n, start % n
+    there = torch.zeros_like(start, dtype=torch.bool)
+    alive = ~there
+    for move in moves.T:
+        row, column = row + step[move, 0], column + step[move, 1]
+        alive &= (row >= 0) & (row < n) & (column >= 0) & (column < n)
+        place = row.clamp(0, n - 1) * n + column.clamp(0, n - 1)
+        alive &= ~walls.flatten(1).gather(1, place[:, None]).squeeze(1)
+        there |= alive & (place == goal)
+    return there
+
+
+class MazeTask(Task):
+    """Mazes made on the fly, or read from a folder.
+
+    Args:
+        size: side in pixels, odd; a maze of size n has (n - 1) / 2 cells a side.
+        route_length: moves that are predicted; shorter routes are padded with "wait", longer ones cut.
+        algorithm: how mazes grow: long corridors (depth_first, as published) or many dead ends (prim).
+        lookahead: how many moves beyond the longest right prefix the curriculum of the loss looks.
+        augment: quarter turns and flips of training mazes, as published.
+        expand_range: pixels in [-1, 1] instead of [0, 1].
+        n_val: validation mazes, where they are made.
+        n_test: test mazes, where they are made.
+        root: folder of PNG mazes in the published format (`train/` and `test/` under it) to use instead; layouts of
+            its training part whose hash says so are kept for validation, and none that is in its test part is trained on.
+        batch_size: training mazes of a step, per process.
+        eval_batch_size: the same in validation and test.
+        num_workers: processes that make training mazes; 0 makes them in the main process.
+    """
+
+    headline = "reached"
+    lstm_answers_last = True
+
+    def __init__(
+        self,
+        size: int = 39,
+        route_length: int = 100,
+        algorithm: Literal["depth_first", "prim"] = "depth_first",
+        lookahead: int = 5,
+        augment: bool = True,
+        expand_range: bool = False,
+        n_val: int = 1000,
+        n_test: int = 1000,
+        root: str | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 250,
+        num_workers: int = 0,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if size % 2 == 0 or size < 9:
+            raise ValueError(f"data.size={size}: the side of a maze is odd and at least 9; take {max(9, size + 1)}")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"data.algorithm={algorithm!r}: there are {', '.join(ALGORITHMS)}")
+        for name, value in {"route_length": route_length, "lookahead": lookahead, "n_val": n_val, "n_test": n_test}.items():
+            if value < 1:
+                raise ValueError(f"data.{name}={value} must be at least 1")
+        self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
+        self.augment, self.expand_range, self.n_val, self.n_test = augment, expand_range, n_val, n_test
+        self.root = Path(root).expanduser() if root else None
+        self.out_dims, self.sample_size = (route_length, 5), (size, size)
+        self.sets: dict[str, MazeSet] = {}
+        if self.root:
+            for part in ("train", "test"):
+                path = next((self.root / part).glob("**/*.png"), None)
+                if path is None:
+                    raise ValueError(f"data.root={root}: there are no PNG mazes in {self.root / part}")
+                if (found := len(read_png(path).walls)) != size:
+                    raise ValueError(f"data.root={root}: {path.name} is {found} pixels wide, data.size is {size}")
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    def dataset(self, split: str) -> MazeSet:
+        if split not in self.sets:
+            length = {"train": None, "val": self.n_val, "test": self.n_test}[split]
+            self.sets[split] = (
+                FolderMazes(self, split, self.files[split]) if self.root else GeneratedMazes(self, split, length)
+            )
+        return self.sets[split]
+
+    @cached_property
+    def files(self) -> dict[str, list[Path]]:
+        """PNG files of each split; read once, to know every layout."""
+        files = {"train": [], "val": [], "test": sorted((self.root / "test").glob("**/*.png"))}
+        tested = {layout_hash(read_png(path).walls) for path in files["test"]}
+        for path in sorted((self.root / "train").glob("**/*.png")):
+            walls = read_png(path).walls
+            if layout_hash(walls) not in tested:
+                files["val" if split_of(walls) == "val" else "train"].append(path)
+        for split, paths in files.items():
+            if not paths:
+                raise ValueError(f"data.root={self.root}: no mazes are left for {split}")
+        return files
+
+    def describe(self) -> str:
+        mazes = self.dataset("val")
+        cut = np.mean([len(mazes.maze(i).route) > self.route_length for i in range(len(mazes))])
+        return f"mazes {self.size}x{self.size}, {cut:.1%} of routes are longer than route_length={self.route_length}"
+
+    # ------------------------------------------------------------------------------------------------ loss and metrics
+    def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
+        return route_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
+
+    @torch.no_grad()
+    def metrics(self, thought: Thought, batch: Batch, most_certain: bool = True) -> dict[str, Tensor]:
+        """Published definitions: `step_accuracy` over all positions, padding too, and `solved`, all of them right.
+        `reached` is what people mean: the route leads to the goal without touching a wall."""
+        images, routes = batch
+        walls, start, goal = self.read_image(images)
+        moves_BTP = rearrange(thought.predictions, "b t (p k) -> b t p k", k=5).argmax(-1)
+        right_BTP = moves_BTP == routes[:, None]
+        ticks = thought.certainty.shape[1]
+        tick_B = thought.certainty.argmax(1) if most_certain else torch.full_like(start, ticks - 1)
+        right_BP = gather_tick(right_BTP, tick_B)
+        return {
+            "reached": reached(walls, start, goal, gather_tick(moves_BTP, tick_B)).float(),
+            "solved": right_BP.all(1).float(),
+            "step_accuracy": right_BP.float().mean(1),
+            "ticks": tick_B.float() + 1,
+            "certainty": gather_tick(thought.certainty, tick_B),
+            "solved_by_tick": right_BTP.all(2).float(),
+            "step_accuracy_by_tick": right_BTP.float().mean(2),
+            "certainty_by_tick": thought.certainty,
+        }
+
+    def read_image(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Walls (B, n, n) bool, start and goal (B,) as flat places."""
+        red, green, _ = (images > (0 if self.expand_range else 0.5)).unbind(1)
+        return ~(red | green), (red & ~green).flatten(1).int().argmax(1), (green & ~red).flatten(1).int().argmax(1)
+
+    # ------------------------------------------------------------------------------------------------------- pictures
+    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
+        from tasks.figures import maze_gif
+
+        return [maze_gif(self, model, folder / "test_maze.gif")]

@@ -12,7 +12,8 @@ This file only spells the words out as LightningCLI's arguments; `tasks/cli.py` 
 import os
 import sys
 
-os.environ.setdefault("WANDB_MODE", "offline")  # before wandb is imported: it would ask at a prompt
+if not os.environ.get("WANDB_MODE") and "WANDB_SWEEP_ID" not in os.environ:
+    os.environ["WANDB_MODE"] = "offline"  # before wandb is imported: it would ask at a prompt
 os.environ.setdefault("WANDB_SILENT", "true")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ctm.model import Thought
 
@@ -99,12 +99,8 @@ class Task(LightningDataModule):
     def _eval_dataloader(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(
-            dataset,
-            self.eval_batch_size,
-            sampler=range(rank, len(dataset), world),
-            generator=torch.Generator(),
-        )
+        share = Subset(dataset, range(rank, len(dataset), world))
+        return DataLoader(share, self.eval_batch_size, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

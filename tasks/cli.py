@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ctm.checkpoint import compare
 from tasks.run import (
@@ -84,6 +86,8 @@ def spell(words: list[str]) -> list[str]:
         checkpoint = read_run_checkpoint(path)
         say(f"checkpoint: {path} (step {checkpoint['global_step']})")
         rest = [f"--ckpt_path={path.resolve()}" if word.startswith("--ckpt_path=") else word for word in rest]
+        if subcommand != "fit" and ckpt in ("last", "best"):  # `run` said whose checkpoint; the test is a run of its own
+            rest = [word for word in rest if not word.startswith("--run=")]
         stored = [json.dumps(settings(checkpoint["config"], subcommand))]
     configs = tasks[:1] + stored + tasks[1:] + overlays
     return [subcommand, *(f"--config={config}" for config in configs), *rest]
@@ -126,38 +130,45 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """Errors of one line that name the key and the nearest valid one."""
+    """Takes no abbreviated keys, and answers errors in one line that names the key and the nearest valid one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})  # in the parsers it makes for classes, too
 
     def error(self, message: str, ex: Exception | None = None):
-        fail(explain(message, ex, self))
+        if not self.exit_on_error:  # an inner parser: the outer one asks it, and says what matters
+            super().error(message, ex)
+        fail(explain(message, self))
 
 
-def explain(message: str, ex: Exception | None, parser: Parser) -> str:
-    """The line of a parser's message that a person can act on."""
-    lines = [line.strip(" -") for line in str(message).splitlines() if line.strip()]
-    text = " ".join(lines)
-    known = known_keys(parser)
-    unknown = (
-        re.search(r"Unrecognized arguments: (?:--)?([\w.+]+)", text)
-        or re.search(r"Option '([\w.]+)' is not accepted", text)
-        or re.search(r"[Kk]ey ['\"]?([\w.]+)['\"]? is not (?:expected|accepted)", text)
-        or re.search(r"Group '[^']*' does not accept (?:nested )?(?:option|key) '([\w.]+)'", text)
-        or re.search(r"does not accept nested key '([\w.]+)'", text)
-        or re.search(r"unexpected keyword argument '([\w.]+)'", text)
-    )
-    if unknown:
-        key = unknown[1]
-        parent = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
-        full = next((w.lstrip("-").partition("=")[0] for w in sys.argv[1:] if key in w and "." in w), None)
-        if full is None and parent and not key.startswith(parent[1]):
-            full = f"{parent[1]}.{key}"
-        full = (full or key).replace(".init_args", "")
-        return f"unknown key {full!r}{nearest(full, known)}"
-    key = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
-    if key:
-        reason = lines[-1] if len(lines) > 1 else text.split(":", 1)[-1].strip()
-        typed = next((w.lstrip("-") for w in sys.argv[1:] if w.lstrip("-").startswith(key[1])), None)
-        return f"{typed or key[1]}: {reason}".replace(".init_args", "")
+UNKNOWN = re.compile(
+    r"[Uu]nrecognized arguments: (?:--)?([\w.+]+)|Option '([\w.]+)' is not accepted"
+    r"|[Kk]ey ['\"]?([\w.]+)['\"]? is not (?:expected|accepted)|does not accept (?:nested )?(?:option|key) '([\w.]+)'"
+)
+
+
+def explain(message: str, parser: Parser) -> str:
+    """What a person can act on in a message of the parser."""
+    text = " ".join(line.strip(" -") for line in str(message).splitlines())
+    if "arguments are required: fit.model" in text or 'Key "model" is required' in text:
+        return "name a task, as in: python train.py task=maze"
+    words = [word.lstrip("-") for word in sys.argv[1:] if not word.startswith("--config=")]
+
+    def typed(key: str) -> str | None:
+        """The word a person wrote for a key that the parser knows without its prefix."""
+        return next((w for w in words if w.partition("=")[0] == key or w.partition("=")[0].endswith("." + key)), None)
+
+    if match := UNKNOWN.search(text):
+        key = next(group for group in match.groups() if group)
+        full = (typed(key) or key).partition("=")[0].replace(".init_args", "")
+        return f"unknown key {full!r}{nearest(full, known_keys(parser))}"
+    value = re.search(r"Expected an? (.*?)\. Got value: (.*?)(?:\.? |$)", text)
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", text)
+    key = nested or re.search(r'(?:Parser key|[Kk]ey) "([\w.]+)"|^([\w.]+): ', text)
+    if key and value:
+        name = next(group for group in key.groups() if group).replace("init_args.", "")
+        kind = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", value[1]))
+        return f"{typed(name) or f'{name}={value[2]}'}: expected {kind}"
     return text
 
 
@@ -212,8 +223,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             model_class=None,
-            parser_kwargs={"allow_abbrev": False}
-            | {name: {"allow_abbrev": False, "default_config_files": [str(CONFIGS / "base.yaml")]} for name in SUBCOMMANDS},
+            parser_kwargs={name: {"default_config_files": [str(CONFIGS / "base.yaml")]} for name in SUBCOMMANDS},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -221,6 +231,20 @@ class CLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run; the time where not given.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.link_arguments("data", "model.init_args.task", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """A value that a class of ours refuses is the user's to put right."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise UserError(f"trainer: {error}") from error
+        except (ValueError, ArgumentError) as error:
+            cause = error
+            while inner := cause.__cause__ or cause.__context__:
+                cause = inner
+            if not isinstance(cause, ValueError):
+                raise
+            raise UserError(str(cause)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings beat the command line here; `spell` has put them below it."""
@@ -252,36 +276,40 @@ class CLI(LightningCLI):
             mine.append(Predictions(self.folder))
         self.trainer_defaults["callbacks"] = mine
         self.config_init[self.subcommand]["weights_only"] = True
-        return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        if self.subcommand in ("validate", "test"):
+            self.config_init[self.subcommand]["verbose"] = False  # Report says it in a line
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        self._make_run_folder()
+        return trainer
 
     def _run_folder(self, ckpt: Path | None) -> Path:
-        """Makes the folder of a new run, or takes that of the run that goes on."""
+        """The folder of the run that goes on, or one for a new run, not made yet."""
         config = self.config[self.subcommand]
         task = config.get("task") or type(self.datamodule).__name__.removesuffix("Task").lower()
         name, self.resumes = config.get("run"), False
         if "CTM_RUN_FOLDER" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             return Path(os.environ["CTM_RUN_FOLDER"])  # started by the first process
         if ckpt and self.subcommand == "fit" and ckpt.name == "last.ckpt" and ckpt.parent.name == "checkpoints":
-            folder = ckpt.parent.parent
-            self.resumes = name in (None, folder.name)
-        if not self.resumes:
-            stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
-            folder = RUNS / task / (name or stamp)
+            self.resumes = name in (None, ckpt.parent.parent.name)
+            if self.resumes:
+                return ckpt.parent.parent
+        if name and (RUNS / task / name).exists():
+            hint = f"continue it with ckpt_path=last, or choose another name than run={name}"
+            raise UserError(f"the run folder {RUNS / task / name} exists already: {hint}")
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+        if not name and (RUNS / task / stamp).exists():
+            stamp += f"-{os.urandom(2).hex()}"
+        return RUNS / task / (name or stamp)
+
+    def _make_run_folder(self) -> None:
+        """Made last, when everything else stands; never one that exists."""
+        if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
             try:
-                folder.mkdir(parents=True)
-            except FileExistsError as error:
-                if not folder.is_dir():
-                    raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
-                if name:
-                    hint = f"continue it with ckpt_path=last, or choose another run={name}"
-                    raise UserError(f"the run folder {folder} exists already: {hint}") from error
-                folder = folder.with_name(f"{stamp}-{os.urandom(2).hex()}")
-                folder.mkdir()
+                self.folder.mkdir(parents=True, exist_ok=self.resumes)
             except OSError as error:
-                raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
-        os.environ["CTM_RUN_FOLDER"] = str(folder)
-        say(f"run: {folder}" + (" (continued)" if self.resumes else ""))
-        return folder
+                raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
+        os.environ["CTM_RUN_FOLDER"] = str(self.folder)
+        say(f"run: {self.folder}" + (" (continued)" if self.resumes else ""))
 
     def before_fit(self) -> None:
         self._before()
@@ -311,8 +339,10 @@ class CLI(LightningCLI):
 
 def main() -> None:
     """Runs the command line in `sys.argv`, already spelled out."""
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU that has it
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what matters of it is said in `say`
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what matters of it is said in `say`
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # Lightning's, of PyTorch
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # making mazes is fast
     try:

@@ -4,7 +4,7 @@ Train, validation and test mazes never share a wall layout, in any orientation: 
 decides which of the three it belongs to (`split_of`).
 """
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -33,7 +33,12 @@ MIRROR_ROWS = {UP: DOWN, DOWN: UP, LEFT: LEFT, RIGHT: RIGHT, WAIT: WAIT}
 
 def split_of(walls: np.ndarray) -> str:
     """train (80 %), val (10 %) or test (10 %) by the wall layout alone, the same for its eight orientations."""
-    tenth = layout_hash(walls) % 10
+    return _split(walls.tobytes(), len(walls))
+
+
+@lru_cache(maxsize=2**14)  # small sizes have few layouts
+def _split(walls: bytes, size: int) -> str:
+    tenth = layout_hash(np.frombuffer(walls, dtype=bool).reshape(size, size)) % 10
     return {8: "val", 9: "test"}.get(tenth, "train")
 
 

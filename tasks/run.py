@@ -144,6 +144,10 @@ class FileLogger(Logger):
 class RunWandbLogger(WandbLogger):
     """W&B, with curves over ticks as one chart each instead of a scalar a tick."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it always, W&B warns of it always
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         import wandb
@@ -390,12 +394,18 @@ class Report(Callback):
     """At the end of a test: the result in a line and in test.json, and pictures to media/ and W&B."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.n = folder, 0
 
-    @rank_zero_only
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, *args) -> None:
+        self.n += len(batch[0])
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        n = int(trainer.strategy.reduce(torch.tensor(self.n, device=pl_module.device), reduce_op="sum"))
+        if trainer.is_global_zero:
+            self.report(trainer, pl_module, n)
+
+    def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
-        n = sum(len(loader.dataset) for loader in [trainer.test_dataloaders])
         write_aside(
             self.folder / "test.json",
             lambda aside: aside.write_text(json.dumps({"n": n, "checkpoint": str(trainer.ckpt_path), **metrics}, indent=2)),

@@ -56,9 +56,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor, at_least: float = 0.0) ->
 def train(tmp_path):
     """Runs train.py in an empty folder. Returns the finished process, or with `wait=False` the running one."""
 
-    def run(*words: str, wait: bool = True, **env: str):
+    def run(*words: str, wait: bool = True, **env: str | None):
         command = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        environment = {k: v for k, v in (os.environ | {"OMP_NUM_THREADS": "1"} | env).items() if v is not None}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if wait:
             return subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, check=False, **pipes)

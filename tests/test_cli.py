@@ -1,0 +1,155 @@
+"""The command line: both forms, every file, precedence, and errors that a person can act on."""
+
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from tasks import cli
+from tasks.repeat import interval
+from tasks.run import UserError
+
+TASKS = sorted(
+    str(path.relative_to(ROOT / "configs").with_suffix(""))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.name != "base.yaml" and path.parent.name != "overlay"
+)
+OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "overlay").glob("*.yaml"))
+
+
+class ParseOnly(cli.CLI):
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+class BuildOnly(cli.CLI):
+    def instantiate_trainer(self, **kwargs) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Reads words as train.py would, and returns the command line object."""
+
+    def read(*words: str, kind=ParseOnly):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        monkeypatch.setattr(sys, "argv", ["train.py", *cli.spell(list(words))])
+        return kind()
+
+    return read
+
+
+def resolved(line) -> dict:
+    config = yaml.safe_load(line._parser(line.subcommand).dump(line.config[line.subcommand], skip_none=False))
+    config.pop("config", None)
+    return config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_file_names_itself_and_builds(task, command):
+    for net in ("ctm", "lstm", "ff"):
+        line = command(f"task={task}", f"model.net={net}", kind=BuildOnly)
+        assert resolved(line)["task"] == task
+        assert line.model.task is line.datamodule
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_is_read_and_beats_the_task_file(overlay, command):
+    content = yaml.safe_load((ROOT / "configs" / "overlay" / f"{overlay}.yaml").read_text())
+    config = resolved(command("task=maze", f"overlay={overlay}"))
+    for key, value in content["trainer"].items():
+        assert config["trainer"][key] == value
+    config = resolved(command(f"overlay={overlay}", "trainer.max_steps=7", "task=maze"))
+    assert config["trainer"]["max_steps"] == 7
+
+
+def test_both_forms_are_the_same(command):
+    short = command("task=maze", "model.ctm.ticks=50", "data.size=11", "overlay=fast", "seed_everything=3")
+    long = command(
+        "fit", "--config", str(ROOT / "configs/maze.yaml"), "--config", str(ROOT / "configs/overlay/fast.yaml"),
+        "--model.ctm.ticks", "50", "--data.size=11", "--seed_everything", "3",
+    )  # fmt: skip
+    assert resolved(short) == resolved(long)
+    config = resolved(short)
+    assert config["model"]["init_args"]["ctm"]["ticks"] == 50
+    assert config["data"]["init_args"]["size"] == 11
+    assert config["trainer"]["max_epochs"] == -1, "base.yaml holds for both"
+
+
+def test_the_published_maze_run(command):
+    line = command("task=maze/paper", kind=BuildOnly)
+    assert sum(p.numel() for p in line.model.model.parameters()) == 31_998_330
+    config = resolved(line)
+    optim, data = config["model"]["init_args"]["optim"], config["data"]["init_args"]
+    assert optim == {
+        "lr": 1e-4, "warmup": 10_000, "steps": 1_000_000, "final_lr": 1e-7, "weight_decay": 0.0, "beta2": 0.999, "eps": 1e-8,
+    }  # fmt: skip
+    assert (data["size"], data["route_length"], data["batch_size"], data["lookahead"]) == (39, 100, 64, 5)
+    assert data["augment"] and not data["expand_range"] and data["algorithm"] == "depth_first"
+    assert config["trainer"]["max_steps"] == 1_000_000 and config["trainer"]["gradient_clip_val"] is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_three_nets_have_about_the_same_parameters(task, command):
+    sizes = []
+    for net in ("ctm", "lstm", "ff"):
+        model = command(f"task={task}", f"model.net={net}", kind=BuildOnly).model
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert max(sizes) / min(sizes) < 1.02, sizes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=mase"], "there is no task 'mase', did you mean 'maze'?"),
+        (["task=maze", "overlay=fats"], "there is no overlay 'fats', did you mean 'fast'?"),
+        (["task=maze", "model.ctm.tick=50"], "unknown key 'model.ctm.tick', did you mean 'model.ctm.ticks'?"),
+        (["task=maze", "trainer.max_step=3"], "unknown key 'trainer.max_step', did you mean 'trainer.max_steps'?"),
+        (["task=maze", "data.siz=9"], "unknown key 'data.siz', did you mean 'data.size'?"),
+        (["task=maze", "checkpoint.evry=9"], "unknown key 'checkpoint.evry', did you mean 'checkpoint.every'?"),
+        (["task=maze", "model.ctm.ticks=many"], "model.ctm.ticks=many: expected int"),
+        (["task=maze", "trainer.max_steps=x"], "trainer.max_steps=x: expected int"),
+        (["task=maze", "model.net=gru"], "model.net=gru: expected one of 'ctm', 'lstm', 'ff'"),
+        (["task=maze", "data.size=10"], "data.size=10: the side of a maze is odd"),
+        (["task=maze", "model.ctm.heads=3"], "d_input=64 must be a multiple of heads=3"),
+        (["task=maze", "model.encoder.depth=19"], "model.encoder.depth=19: expected one of 18, 34, 50, 101, 152"),
+        (["task=maze", "ckpt_path=last"], "there is no last.ckpt under runs/maze"),
+        (["task=maze", "ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
+        (["ckpt_path=last"], "needs task=NAME"),
+        (["fit", "--config", "gone.yaml"], "there is no configuration file 'gone.yaml'"),
+        (["task=maze", "ticks"], "cannot read 'ticks'"),
+        (["fit"], "name a task"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_answered_in_one_line(words, message, command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, SystemExit)) as error:
+        command(*words, kind=BuildOnly)
+    if isinstance(error.value, SystemExit):
+        assert error.value.code == 2
+        printed = capsys.readouterr().err.strip()
+        assert len(printed.splitlines()) == 1
+    else:
+        printed = str(error.value)
+    assert message in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_the_keys(command, capsys):
+    with pytest.raises(SystemExit):
+        command("fit", "--help")
+    assert "--trainer.max_steps" in capsys.readouterr().out
+
+
+def test_interval_is_students():
+    middle, half = interval([0.8, 0.82, 0.87])
+    assert middle == pytest.approx(0.83)
+    assert half == pytest.approx(4.302653 * 0.0360555 / 3**0.5, rel=1e-4)

@@ -103,5 +103,3 @@ def build(d_input: int | None, name: str, **config) -> Encoder:
     if not (isinstance(kind, type) and issubclass(kind, Encoder)):
         raise ValueError(f"there is no encoder {name!r} in ctm.encoders")
     return kind(d_input, **config)
-
-

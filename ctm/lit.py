@@ -93,7 +93,11 @@ class LitCTM(LightningModule):
         *inputs, _ = batch
         thought = self.model(*inputs)
         certainty = thought.certainty
-        tick = certainty.argmax(1) if self.most_certain else torch.full_like(certainty[:, 0].long(), certainty.shape[1] - 1)
+        tick = (
+            certainty.argmax(1)
+            if self.most_certain
+            else torch.full_like(certainty[:, 0].long(), certainty.shape[1] - 1)
+        )
         return {
             "predictions": gather_tick(thought.predictions, tick),
             "tick": tick + 1,
@@ -103,7 +107,9 @@ class LitCTM(LightningModule):
     def _evaluate(self, split: str, batch) -> None:
         *inputs, _ = batch
         thought = self.model(*inputs)
-        self.log(f"{split}/loss", self.task.loss(thought, batch, self.most_certain), batch_size=len(batch[0]), sync_dist=True)
+        self.log(
+            f"{split}/loss", self.task.loss(thought, batch, self.most_certain), batch_size=len(batch[0]), sync_dist=True
+        )
         self._log_metrics(split, thought, batch)
 
     def _log_metrics(self, split: str, thought, batch) -> None:

@@ -1,4 +1,4 @@
-"""Losses of thoughts: the two-tick rule, once for all tasks, and the curriculum of routes (paper section 3.5, appendix C).
+"""Losses of thoughts: the two-tick rule, for all tasks, and the curriculum of routes (section 3.5, appendix C).
 
 Everything is vectorised and stays on the device.
 """
@@ -56,7 +56,7 @@ def route_loss(
 
 @torch.no_grad()
 def curriculum_mask(predictions_BTC: Tensor, routes_BP: Tensor, lookahead: int) -> Tensor:
-    """(B, P), 1 where a position counts: the first max(n, 1) - 1 + lookahead, n the longest right prefix of any tick."""
+    """(B, P), 1 where a position counts: the first max(n, 1) - 1 + lookahead; n: longest right prefix of any tick."""
     positions = routes_BP.shape[1]
     moves_BTP = rearrange(predictions_BTC, "b t (p k) -> b t p k", p=positions).argmax(-1)
     prefix_B = (moves_BTP == routes_BP[:, None]).int().cumprod(-1).sum(-1).amax(1)

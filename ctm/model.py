@@ -144,9 +144,7 @@ class CTM(nn.Module):
         else:
             self.synapses = SynapseUNet(n_in, c.d_model, c.synapse_depth, c.dropout)
         self.neurons = NeuronLevelModels(c.d_model, c.memory_length, c.nlm_hidden, nlm_dropout, c.nlm_layernorm)
-        self.sync_out = Synchronization(
-            *choose_pairs(c.d_model, c.n_synch_out, c.pairing, c.n_self_pairs, first=True)
-        )
+        self.sync_out = Synchronization(*choose_pairs(c.d_model, c.n_synch_out, c.pairing, c.n_self_pairs, first=True))
         self.head = nn.Linear(len(self.sync_out.decay), self.out_dims[0] * self.out_dims[1])
 
     def start(self, batch: int) -> State:
@@ -177,9 +175,7 @@ class CTM(nn.Module):
         sync_BR, out = self.sync_out(out, z_BD)
         return State(z_BD, trace_BDM, action, out, sync_BR)
 
-    def forward(
-        self, reads: Read | Sequence[Read], ticks: int | None = None, state: State | None = None
-    ) -> Thought:
+    def forward(self, reads: Read | Sequence[Read], ticks: int | None = None, state: State | None = None) -> Thought:
         """Thinks for some ticks.
 
         Args:

@@ -6,6 +6,7 @@ Shape letters, carried as suffixes on names:
 """
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class SynapseLayer(nn.Sequential):
 
 
 def unet_widths(d_model: int, depth: int, bottleneck: int = 16) -> list[int]:
-    """Widths of the U-Net's levels. NumPy's float64 linspace, truncated: torch.linspace rounds some widths elsewhere."""
+    """Widths of the U-Net's levels. NumPy's float64 linspace, truncated: torch.linspace rounds some differently."""
     return [int(width) for width in np.linspace(d_model, bottleneck, depth)]
 
 
@@ -43,7 +44,7 @@ class SynapseUNet(nn.Module):
     def __init__(self, n_in: int, d_model: int, depth: int, dropout: float):
         super().__init__()
         widths = unet_widths(d_model, depth)
-        levels = list(zip(widths[:-1], widths[1:], strict=True))
+        levels = list(pairwise(widths))
         self.first = linear_norm_silu(n_in, d_model)
         self.down = nn.ModuleList(linear_norm_silu(wide, narrow, dropout) for wide, narrow in levels)
         self.up = nn.ModuleList(linear_norm_silu(narrow, wide, dropout) for wide, narrow in levels)

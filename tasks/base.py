@@ -100,7 +100,7 @@ class Task(LightningDataModule):
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
-        return DataLoader(share, self.eval_batch_size, generator=torch.Generator())
+        return DataLoader(share, batch_size=self.eval_batch_size, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

@@ -53,8 +53,8 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 def spell(words: list[str]) -> list[str]:
     """Spells `task=maze key=value` out as LightningCLI's arguments; what already is one stays as it is.
 
-    `ckpt_path=last|best` becomes the path of a checkpoint, and the settings a checkpoint was trained with are put behind
-    the task's file, so that they hold unless an overlay or the command line says otherwise.
+    `ckpt_path=last|best` becomes the path of a checkpoint, and the settings it was trained with are put behind the
+    task's file, so that they hold unless an overlay or the command line says otherwise.
 
     Raises:
         UserError: for a word that cannot be one, an unknown task or overlay, or no such checkpoint.
@@ -68,7 +68,9 @@ def spell(words: list[str]) -> list[str]:
         if word.startswith("-") and not equals and words and not words[0].startswith("--") and key != "help":
             value, equals = words.pop(0), "="
         if not word.startswith("-") and not equals:
-            raise UserError(f"cannot read {word!r}: arguments are key=value, and the first may be one of {', '.join(SUBCOMMANDS)}")
+            raise UserError(
+                f"cannot read {word!r}: arguments are key=value, and the first may be one of {', '.join(SUBCOMMANDS)}"
+            )
         if key in ("config", "c"):
             (overlays if "overlay" in Path(value).parts[:-1] else tasks).append(config_file(value))
         elif key == "task" and not word.startswith("-"):
@@ -86,7 +88,10 @@ def spell(words: list[str]) -> list[str]:
         checkpoint = read_run_checkpoint(path)
         say(f"checkpoint: {path} (step {checkpoint['global_step']})")
         rest = [f"--ckpt_path={path.resolve()}" if word.startswith("--ckpt_path=") else word for word in rest]
-        if subcommand != "fit" and ckpt in ("last", "best"):  # `run` said whose checkpoint; the test is a run of its own
+        if subcommand != "fit" and ckpt in (
+            "last",
+            "best",
+        ):  # `run` said whose checkpoint; the test is a run of its own
             rest = [word for word in rest if not word.startswith("--run=")]
         stored = [json.dumps(settings(checkpoint["config"], subcommand))]
     configs = tasks[:1] + stored + tasks[1:] + overlays
@@ -94,7 +99,7 @@ def spell(words: list[str]) -> list[str]:
 
 
 def settings(config: dict, subcommand: str) -> dict:
-    """What of a run's configuration holds for a command on its checkpoint: all to go on, else what is not the trainer's."""
+    """What of a run's settings holds for a command on its checkpoint: all to go on, else data and model."""
     keep = {"task", "seed_everything", "model", "data"} | ({"trainer", "checkpoint"} if subcommand == "fit" else set())
     return {key: value for key, value in config.items() if key in keep}
 
@@ -175,7 +180,7 @@ def explain(message: str, parser: Parser) -> str:
 def known_keys(parser: Parser) -> list[str]:
     """Every key that a person can write: the parser's own, and those of the classes that the given files choose."""
     subcommand = next((name for name in SUBCOMMANDS if name in sys.argv[1:2]), None)
-    parser = getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices[subcommand] or parser
+    parser = (getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices[subcommand]) or parser
     keys = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in sys.argv[1:]:
         if word.startswith("--config="):
@@ -334,7 +339,9 @@ class CLI(LightningCLI):
         folder = self.folder / "checkpoints"
         best = next((path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.is_file()), None)
         if best and not self.trainer.fast_dev_run:
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
+            self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
+            )
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ def paint_route(image: Image.Image, places: list[tuple[int, int]], n: int) -> No
 
 def paint_attention(image: Image.Image, weights: np.ndarray) -> Image.Image:
     """Attention (h, w) over the picture, light where it looks, scaled to its own maximum."""
-    heat = Image.fromarray((255 * weights / weights.max()).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = Image.fromarray((255 * weights / weights.max()).astype(np.uint8)).resize(
+        image.size, Image.Resampling.BILINEAR
+    )
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255
     colours = colormaps["inferno"](np.asarray(heat))[..., :3] * 255
     mixed = np.asarray(image) * (1 - 0.75 * strength) * 0.6 + colours * (0.25 + 0.6 * strength) * 0.7
@@ -56,7 +58,10 @@ def maze_gif(task, model: nn.Module, path: Path, side: int = 330, among: int = 1
     """
     mazes = task.dataset("test")
     device = next(model.parameters()).device
-    images, routes = (torch.from_numpy(np.stack(part)) for part in zip(*(mazes[i] for i in range(min(among, len(mazes)))), strict=True))
+    images, routes = (
+        torch.from_numpy(np.stack(part))
+        for part in zip(*(mazes[i] for i in range(min(among, len(mazes)))), strict=True)
+    )
     images, routes = images.to(device), routes.to(device)
     was_training = model.training
     model.eval()

@@ -54,7 +54,10 @@ def augment(image: np.ndarray, route: list[int], rng: Random) -> tuple[np.ndarra
     """The published augmentation: a quarter turn, a left-right and an up-down flip, each with probability 1/2."""
     if rng.random() < 0.5:
         left = rng.random() < 0.5
-        image, route = np.rot90(image, 1 if left else -1, axes=(1, 2)), _translate(route, TURN_LEFT if left else TURN_RIGHT)
+        image, route = (
+            np.rot90(image, 1 if left else -1, axes=(1, 2)),
+            _translate(route, TURN_LEFT if left else TURN_RIGHT),
+        )
     if rng.random() < 0.5:
         image, route = image[:, :, ::-1], _translate(route, MIRROR_COLUMNS)
     if rng.random() < 0.5:
@@ -194,7 +197,7 @@ class MazeTask(Task):
         n_val: validation mazes, where they are made.
         n_test: test mazes, where they are made.
         root: folder of PNG mazes in the published format (`train/` and `test/` under it) to use instead; layouts of
-            its training part whose hash says so are kept for validation, and none that is in its test part is trained on.
+            its training part whose hash says so are kept for validation, and none of its test part is trained on.
         batch_size: training mazes of a step, per process.
         eval_batch_size: the same in validation and test.
         num_workers: processes that make training mazes; 0 makes them in the main process.
@@ -223,7 +226,12 @@ class MazeTask(Task):
             raise ValueError(f"data.size={size}: the side of a maze is odd and at least 9; take {max(9, size + 1)}")
         if algorithm not in ALGORITHMS:
             raise ValueError(f"data.algorithm={algorithm!r}: there are {', '.join(ALGORITHMS)}")
-        for name, value in {"route_length": route_length, "lookahead": lookahead, "n_val": n_val, "n_test": n_test}.items():
+        for name, value in {
+            "route_length": route_length,
+            "lookahead": lookahead,
+            "n_val": n_val,
+            "n_test": n_test,
+        }.items():
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead

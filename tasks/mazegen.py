@@ -9,6 +9,7 @@ compiled dependency (see `python -m tasks.mazegen`).
 import hashlib
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Maze(NamedTuple):
 
 
 def depth_first(cells: int, rng: Random) -> list[int]:
-    """Randomised depth-first search: long winding corridors, as published. Returns every cell's parent, -1 elsewhere."""
+    """Randomised depth-first search: long winding corridors, as published. Returns every cell's parent or -1."""
     width = cells + 2
     free, parents = _unvisited(cells), [-1] * (width * width)
     random, cell = rng.random, _root(cells, rng)
@@ -145,7 +146,7 @@ def _climb(parents: list[int], start: int, goal: int, width: int) -> list[int]:
         down.append(parents[down[-1]])
     path = up[: place[down[-1]]] + down[::-1]
     code = {-width: UP, width: DOWN, -1: LEFT, 1: RIGHT}
-    return [code[after - before] for before, after in zip(path, path[1:], strict=False)]
+    return [code[after - before] for before, after in pairwise(path)]
 
 
 def layout_hash(walls: np.ndarray) -> int:

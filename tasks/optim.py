@@ -18,7 +18,7 @@ class Optim:
     warmup: int = 0
     """Steps of linear warm-up to it."""
     steps: int = 100_000
-    """Steps until the cosine ends. Not taken from trainer.max_steps, so that a run can stop early or go on unchanged."""
+    """Steps until the cosine ends; not taken from trainer.max_steps, so that a run can go on past it unchanged."""
     final_lr: float = 1e-7
     """Learning rate at the end of the cosine and after it."""
     weight_decay: float = 0.0
@@ -45,7 +45,8 @@ class Optim:
 
     def configure(self, parameters: Iterable[nn.Parameter]) -> dict:
         """For `LightningModule.configure_optimizers`."""
-        optimizer = AdamW(
-            parameters, self.lr, betas=(0.9, self.beta2), eps=self.eps, weight_decay=self.weight_decay
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.factor), "interval": "step"}}
+        optimizer = AdamW(parameters, self.lr, betas=(0.9, self.beta2), eps=self.eps, weight_decay=self.weight_decay)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.factor), "interval": "step"},
+        }

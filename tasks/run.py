@@ -1,9 +1,10 @@
 """Logging and callbacks of every run: what is written to its folder, when it is saved, how it stops.
 
-    runs/<task>/<name>/   config.yaml   checkpoints/{last,best}.ckpt   metrics.csv   curves.csv   test.json   media/   wandb/
+    runs/<task>/<name>/   config.yaml   checkpoints/{last,best}.ckpt   metrics.csv   curves.csv   test.json
+                          media/   wandb/
 
-Everything in metrics.csv and curves.csv follows from the configuration alone: two equal runs have equal files, a resumed
-run those of an uninterrupted one. What depends on the machine (speed) goes to the progress bar and to W&B.
+Everything in metrics.csv and curves.csv follows from the configuration alone: two equal runs have equal files, a
+resumed run those of an uninterrupted one. What depends on the machine (speed) goes to the progress bar and to W&B.
 """
 
 import csv
@@ -169,7 +170,9 @@ class RunWandbLogger(WandbLogger):
         import wandb
 
         moving = path.suffix in (".gif", ".mp4")
-        self.experiment.log({name: wandb.Video(str(path), format=path.suffix[1:]) if moving else wandb.Image(str(path))})
+        self.experiment.log(
+            {name: wandb.Video(str(path), format=path.suffix[1:]) if moving else wandb.Image(str(path))}
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ class Checkpoints(Checkpoint):
 
     `last.ckpt` is written every `every` steps, when the run ends, and on SIGTERM or the first Ctrl-C; `best.ckpt` after
     a validation with the highest value of the task's headline metric. All of them are written at one point, before
-    a step begins: every step before it is complete, its validation included, and the next draws its first random number.
+    a step begins: every step before it is complete, its validation included, and the next has drawn no random number.
 
     Args:
         every: steps between two saves.
@@ -321,10 +324,10 @@ class StopAtNaN(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         bad = ~outputs["loss"].detach().isfinite() & (self.first < 0)
         self.first = torch.where(bad, trainer.global_step, self.first)
-        if self.first.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0:
-            if self.first >= 0:
-                kept = next(c for c in trainer.callbacks if isinstance(c, Checkpoints)).kept()
-                raise NotFinite(f"the loss was not finite at step {int(self.first)}; {kept}")
+        due = self.first.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
+        if due and self.first >= 0:
+            kept = next(c for c in trainer.callbacks if isinstance(c, Checkpoints)).kept()
+            raise NotFinite(f"the loss was not finite at step {int(self.first)}; {kept}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,7 +370,9 @@ class RunProgress(ProgressBar):
                 if isinstance(logger, WandbLogger):
                     logger.log_metrics({"speed/steps_per_second": speed}, step=step - 1)
         if self.bar is not None:
-            shown = {k.removeprefix("train/"): v for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float)}
+            shown = {
+                k.removeprefix("train/"): v for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float)
+            }
             text = " ".join(f"{name} {value:.3g}" for name, value in shown.items())
             self.bar.update(self.task_id, completed=step, metrics=f"{text} {speed:.1f} steps/s")
 
@@ -408,7 +413,9 @@ class Report(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         write_aside(
             self.folder / "test.json",
-            lambda aside: aside.write_text(json.dumps({"n": n, "checkpoint": str(trainer.ckpt_path), **metrics}, indent=2)),
+            lambda aside: aside.write_text(
+                json.dumps({"n": n, "checkpoint": str(trainer.ckpt_path), **metrics}, indent=2)
+            ),
         )
         media = self.folder / "media"
         media.mkdir(exist_ok=True)
@@ -433,7 +440,9 @@ class Predictions(BasePredictionWriter):
         from safetensors.torch import save_file
 
         tensors = {name: torch.cat([batch[name] for batch in predictions]).contiguous() for name in predictions[0]}
-        path = self.folder / ("predictions.safetensors" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.safetensors")
+        path = self.folder / (
+            "predictions.safetensors" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.safetensors"
+        )
         save_file(tensors, path)
         say(f"predictions: {path}")
 
@@ -452,7 +461,9 @@ def find_checkpoint(runs: Path, which: str, task: str | None, run: str | None) -
         raise UserError(f"ckpt_path={which} needs task=NAME to know whose; or give the path of a checkpoint")
     found = sorted((runs / task).glob(f"{run or '*'}/checkpoints/{which}.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"ckpt_path={which}: there is no {which}.ckpt under {runs / task / (run or '')}; train one first")
+        raise UserError(
+            f"ckpt_path={which}: there is no {which}.ckpt under {runs / task / (run or '')}; train one first"
+        )
     return found[-1]
 
 

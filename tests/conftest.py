@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, golden outputs of the published implementation, `train.py` as a process."""
+"""What all tests share: one thread, no network, golden outputs, `train.py` as a process."""
 
 import json
 import os

@@ -110,6 +110,7 @@ FINGERPRINT = {
 
 def published_shapes(d=48, e=16, m=5, h=4, n_o=10, n_a=8, c=10) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the published model of FINGERPRINT (U-Net widths 48, 32, 16)."""
+
     def norm(name, n):
         return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
 
@@ -117,11 +118,19 @@ def published_shapes(d=48, e=16, m=5, h=4, n_o=10, n_a=8, c=10) -> dict[str, tup
         return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
 
     def batchnorm(name, n):
-        return norm(name, n) | {f"{name}.running_mean": (n,), f"{name}.running_var": (n,), f"{name}.num_batches_tracked": ()}
+        return norm(name, n) | {
+            f"{name}.running_mean": (n,),
+            f"{name}.running_var": (n,),
+            f"{name}.num_batches_tracked": (),
+        }
 
     shapes = {"start_activated_state": (d,), "start_trace": (d, m)}
     for side, n in (("action", n_a), ("out", n_o)):
-        shapes |= {f"decay_params_{side}": (n,), f"{side}_neuron_indices_left": (n,), f"{side}_neuron_indices_right": (n,)}
+        shapes |= {
+            f"decay_params_{side}": (n,),
+            f"{side}_neuron_indices_left": (n,),
+            f"{side}_neuron_indices_right": (n,),
+        }
     shapes |= {"initial_rgb.weight": (3, 3, 1, 1), "initial_rgb.bias": (3,), "backbone.conv1.weight": (64, 3, 3, 3)}
     shapes |= batchnorm("backbone.bn1", 64)
     for block in range(2):
@@ -129,10 +138,14 @@ def published_shapes(d=48, e=16, m=5, h=4, n_o=10, n_a=8, c=10) -> dict[str, tup
             shapes |= {f"backbone.layer1.{block}.conv{conv}.weight": (64, 64, 3, 3)}
             shapes |= batchnorm(f"backbone.layer1.{block}.bn{conv}", 64)
     shapes |= linear("kv_proj.0", e, 64) | norm("kv_proj.1", e) | linear("q_proj", e, n_a)
-    shapes |= {"attention.in_proj_weight": (3 * e, e), "attention.in_proj_bias": (3 * e,)} | linear("attention.out_proj", e, e)
+    shapes |= {"attention.in_proj_weight": (3 * e, e), "attention.in_proj_bias": (3 * e,)} | linear(
+        "attention.out_proj", e, e
+    )
     shapes |= linear("synapses.first_projection.0", d, d + e) | norm("synapses.first_projection.1", d)
     for i, (wide, narrow) in enumerate([(48, 32), (32, 16)]):
-        shapes |= linear(f"synapses.down_projections.{i}.1", narrow, wide) | norm(f"synapses.down_projections.{i}.2", narrow)
+        shapes |= linear(f"synapses.down_projections.{i}.1", narrow, wide) | norm(
+            f"synapses.down_projections.{i}.2", narrow
+        )
         shapes |= linear(f"synapses.up_projections.{i}.1", wide, narrow) | norm(f"synapses.up_projections.{i}.2", wide)
         shapes |= norm(f"synapses.skip_lns.{i}", wide)
     for layer, n_in, n_out in ((0, m, 2 * h), (2, h, 2)):

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ctm.model import Thought
 from tasks.maze import MazeTask, augment, read_png, render, split_of
 from tasks.mazegen import ALGORITHMS, WAIT, Maze, follow, layout_hash, make_maze
-from torch.utils.data import DataLoader
 
 
 def small(**kwargs) -> MazeTask:
@@ -36,7 +36,9 @@ def shortest_path(maze: Maze) -> int:
 
 
 @settings(deadline=None, max_examples=40)
-@given(size=st.integers(4, 20).map(lambda n: 2 * n + 1), seed=st.integers(0, 10**6), name=st.sampled_from(list(ALGORITHMS)))
+@given(
+    size=st.integers(4, 20).map(lambda n: 2 * n + 1), seed=st.integers(0, 10**6), name=st.sampled_from(list(ALGORITHMS))
+)
 def test_a_maze_is_a_tree_with_its_one_route(size, seed, name):
     maze = make_maze(size, Random(seed), name)
     cells = ((size - 1) // 2) ** 2
@@ -141,7 +143,9 @@ def answer(moves: torch.Tensor, classes: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("expand_range", [False, True])
 def test_metrics_by_hand(expand_range):
     task = small(expand_range=expand_range)
-    images, routes = (torch.from_numpy(np.stack(part)) for part in zip(*(task.dataset("test")[i] for i in range(4)), strict=True))
+    images, routes = (
+        torch.from_numpy(np.stack(part)) for part in zip(*(task.dataset("test")[i] for i in range(4)), strict=True)
+    )
     detour = routes.clone()  # up and back in place of waiting at the goal: reached, not solved
     length = (routes != WAIT).sum(1)
     detour[1, length[1] :] = 1 - (torch.arange(30 - length[1]) % 2)
@@ -207,7 +211,7 @@ def test_broken_folders_are_named(tmp_path):
     write_folder(tmp_path, n=8)
     blank = tmp_path / "train" / "blank.png"
     Image.new("RGB", (15, 15)).save(blank)
-    with pytest.raises(ValueError, match="blank.png is not a square maze"):
+    with pytest.raises(ValueError, match=r"blank\.png is not a square maze"):
         read_png(blank)
     blank.write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="not a readable picture"):
@@ -219,7 +223,9 @@ def test_broken_folders_are_named(tmp_path):
         small(root=str(tmp_path))
 
 
-@pytest.mark.parametrize("wrong", [{"size": 10}, {"size": 7}, {"algorithm": "magic"}, {"route_length": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"size": 10}, {"size": 7}, {"algorithm": "magic"}, {"route_length": 0}, {"batch_size": 0}]
+)
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
         small(**wrong)

@@ -65,7 +65,7 @@ def spell(words: list[str]) -> list[str]:
     while words:
         word = words.pop(0)
         key, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and not equals and words and not words[0].startswith("--") and key != "help":
+        if word.startswith("-") and not equals and words and not re.match(r"--|[\w.+]+=", words[0]) and key != "help":
             value, equals = words.pop(0), "="
         if not word.startswith("-") and not equals:
             raise UserError(

@@ -52,7 +52,7 @@ def paint_attention(image: Image.Image, weights: np.ndarray) -> Image.Image:
 
 @torch.no_grad()
 def maze_gif(task, model: nn.Module, path: Path, side: int = 330, among: int = 100) -> Path:
-    """A test maze being solved: the route as it is at every tick, and where attention looks.
+    """A test maze being solved: the route as it is at every tick up to the answer, and where attention looks.
 
     Takes the longest route that is reached among the first test mazes, or the longest of all where none is.
     """
@@ -74,7 +74,7 @@ def maze_gif(task, model: nn.Module, path: Path, side: int = 330, among: int = 1
     moves = rearrange(thought.predictions[pick], "t (p k) -> t p k", k=5).argmax(-1).tolist()
     n, frames = len(maze.walls), []
     font = ImageFont.load_default(15)
-    for tick in range(len(moves)):
+    for tick in range(answer + 1):
         left = paint_maze(maze.walls, maze.start, maze.goal, side)
         right = left.copy()
         paint_route(left, follow(maze.walls, maze.start, moves[tick]), n)
@@ -88,7 +88,7 @@ def maze_gif(task, model: nn.Module, path: Path, side: int = 330, among: int = 1
         frame.paste(right, (2 * margin + left.width, top))
         draw = ImageDraw.Draw(frame)
         certain = float(thought.certainty[pick, tick])
-        note = "  answer" if tick == answer else ""
+        note = ", most certain: the answer" if tick == answer else ""
         draw.text((margin, 9), f"tick {tick + 1} of {len(moves)}   certainty {certain:.2f}{note}", fill=GREY, font=font)
         draw.text((2 * margin + left.width, 9), "attention, mean of heads", fill=GREY, font=font)
         frames.append(frame)

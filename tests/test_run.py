@@ -69,7 +69,7 @@ def test_a_run_its_folder_and_its_continuation(train, tmp_path):
     }
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     with Image.open(whole / "media/test_maze.gif") as gif:
-        assert gif.n_frames == 3
+        assert 1 <= gif.n_frames <= 3, "up to the most certain tick"
     rows = list(csv.DictReader((whole / "metrics.csv").open()))
     assert [row["step"] for row in rows if row["val/reached"]] == ["3", "7", "11"]
     assert [row["step"] for row in rows if row["train/loss"]] == ["2", "5", "8", "11"]

@@ -61,20 +61,21 @@ class LitCTM(LightningModule):
         thought = self.model(*inputs)
         loss = self.task.loss(thought, batch, self.most_certain)
         self.log("train/loss", loss, prog_bar=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self._is_log_step():
             self._log_metrics("train", thought, batch)
         return loss
+
+    def _is_log_step(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> dict:
         return self.optim.configure(p for p in self.parameters() if p.requires_grad)
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def on_before_optimizer_step(self, optimizer) -> None:
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("optim/grad_norm", torch.nn.utils.get_total_norm(grads))
-        self.log("optim/lr", optimizer.param_groups[0]["lr"])
+        if self._is_log_step():
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("optim/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("optim/lr", optimizer.param_groups[0]["lr"])
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -111,7 +111,7 @@ def test_a_run_its_folder_and_its_continuation(train, tmp_path):
             ("test", "task=maze", f"ckpt_path={last}", "model.ctm.d_model=40"),
             "does not fit this model: model.net.z_start is (32,) there and (40,) here",
         ),
-        (("task=maze", "run=x", "trainer.default_root_dir=y", "trainer.accelerator=abc"), "trainer: "),
+        (("task=maze", "run=x", "trainer.default_root_dir=y", "trainer.accelerator=abc"), "invalid accelerator name"),
     ]:
         process = train(*words)
         assert process.returncode == 2, process.stderr

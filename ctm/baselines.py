@@ -1,14 +1,16 @@
 """What a CTM is compared with: an LSTM that also thinks in ticks, and a feed-forward head. Same contract as `CTM`:
-tokens (B, S, E) -> `Thought` with predictions (B, T, C)."""
+reads -> `Thought` with predictions (B, T, C)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from ctm.model import Thought
-from ctm.modules import CrossAttention, certainty
+from ctm.model import Read, Thought, batch_of, every_tick, reset_rows
+from ctm.modules import CrossAttention, KeysValues, certainty
 
 
 @dataclass(frozen=True)
@@ -24,39 +26,73 @@ class LSTMConfig:
     ticks: int = 50
     """T, internal ticks of thought."""
     heads: int = 4
-    """Attention heads."""
+    """Attention heads; 0 for a model whose reads are ready vectors."""
+    see_hidden: bool = False
+    """Whether its input is what it read and its own last output, too."""
+    learned_start: bool = True
+    """Whether its first state is learned; false for zeros."""
     dropout: float = 0.0
     """Dropout in attention and between layers."""
 
 
-class LSTM(nn.Module):
-    """An LSTM in the place of the CTM's recurrence: its hidden state asks the attention and gives the prediction."""
+class LSTMState(NamedTuple):
+    """What an LSTM carries from tick to tick, (layers, B, D) each."""
 
-    def __init__(self, config: LSTMConfig, out_dims: tuple[int, int]):
+    hidden: Tensor
+    cell: Tensor
+
+
+class LSTM(nn.Module):
+    """An LSTM in the place of the CTM's recurrence: its hidden state asks the attention and gives the prediction.
+
+    Args:
+        config: sizes.
+        out_dims: (positions, classes), or None for no head: the answer is then the hidden state.
+    """
+
+    def __init__(self, config: LSTMConfig, out_dims: tuple[int, int] | None):
         super().__init__()
         c = self.config = config
-        self.out_dims = tuple(out_dims)
+        self.out_dims = out_dims and tuple(out_dims)
         bound = c.d_model**-0.5
-        self.hidden_start = nn.Parameter(torch.empty(c.layers, c.d_model).uniform_(-bound, bound))
-        self.cell_start = nn.Parameter(torch.empty(c.layers, c.d_model).uniform_(-bound, bound))
-        self.query = nn.Linear(c.d_model, c.d_input)
-        self.attention = CrossAttention(c.d_input, c.heads, c.dropout)
+        for name in ("hidden_start", "cell_start"):
+            if c.learned_start:
+                setattr(self, name, nn.Parameter(torch.empty(c.layers, c.d_model).uniform_(-bound, bound)))
+            else:
+                self.register_buffer(name, torch.zeros(c.layers, c.d_model), persistent=False)
+        self.query = nn.Linear(c.d_model, c.d_input) if c.heads else None
+        self.attention = CrossAttention(c.d_input, c.heads, c.dropout) if c.heads else None
+        n_in = c.d_input + (c.d_model if c.see_hidden else 0)
         between = c.dropout if c.layers > 1 else 0.0
-        self.lstm = nn.LSTM(c.d_input, c.d_model, c.layers, batch_first=True, dropout=between)
-        self.head = nn.Linear(c.d_model, self.out_dims[0] * self.out_dims[1])
+        self.lstm = nn.LSTM(n_in, c.d_model, c.layers, batch_first=True, dropout=between)
+        self.head = nn.Linear(c.d_model, self.out_dims[0] * self.out_dims[1]) if self.out_dims else nn.Identity()
 
-    def forward(self, tokens_BSE: Tensor, ticks: int | None = None) -> Thought:
-        batch = len(tokens_BSE)
-        kv = self.attention.keys_values(tokens_BSE)
-        hidden = self.hidden_start[:, None].expand(-1, batch, -1).contiguous()
-        cell = self.cell_start[:, None].expand(-1, batch, -1).contiguous()
+    def start(self, batch: int) -> LSTMState:
+        """The state before the first tick."""
+        expanded = (start[:, None].expand(-1, batch, -1) for start in (self.hidden_start, self.cell_start))
+        return LSTMState(*expanded)
+
+    def reset(self, state: LSTMState, done_B: Tensor) -> LSTMState:
+        """The state with the start in the rows (episodes) that are done; the others go on."""
+        rows_first = (LSTMState(*(part.transpose(0, 1) for part in s)) for s in (state, self.start(len(done_B))))
+        return LSTMState(*(part.transpose(0, 1) for part in reset_rows(*rows_first, done_B)))
+
+    def forward(
+        self, reads: Read | Sequence[Read], ticks: int | None = None, state: LSTMState | None = None
+    ) -> Thought:
+        """Arguments and errors as `CTM.forward`."""
+        reads = every_tick(reads, ticks, self.config.ticks, self.attention)
+        hidden, cell = state or self.start(batch_of(reads[0]))
         tops = []
-        for _ in range(ticks or self.config.ticks):
-            o_BE = self.attention(self.query(hidden[-1]), kv)
-            _, (hidden, cell) = self.lstm(o_BE[:, None], (hidden, cell))
+        for read in reads:
+            o_BE = self.attention(self.query(hidden[-1]), read) if isinstance(read, KeysValues) else read
+            if self.config.see_hidden:
+                o_BE = torch.cat([o_BE, hidden[-1]], dim=-1)
+            _, (hidden, cell) = self.lstm(o_BE[:, None], (hidden.contiguous(), cell.contiguous()))
             tops.append(hidden[-1])
         predictions_BTC = self.head(torch.stack(tops, dim=1)).float()
-        return Thought(predictions_BTC, certainty(predictions_BTC, self.out_dims[1]))
+        sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
+        return Thought(predictions_BTC, sure_BT, tops[-1], LSTMState(hidden, cell))
 
 
 @dataclass(frozen=True)
@@ -88,8 +124,8 @@ class FeedForward(nn.Module):
         n_out = self.out_dims[0] * self.out_dims[1]
         self.layers = nn.Sequential(*hidden, nn.Dropout(c.dropout), nn.Linear(c.d_model, n_out))
 
-    def forward(self, tokens_BSE: Tensor, ticks: int | None = None) -> Thought:
-        """`ticks` is there for the contract alone: there is always one."""
+    def forward(self, tokens_BSE: Tensor, ticks: int | None = None, state: None = None) -> Thought:
+        """`ticks` and `state` are there for the contract alone: there is one tick, and nothing to carry."""
         features = reduce(tokens_BSE, "b s e -> b e", "mean") if self.config.pool else tokens_BSE.flatten(1)
         predictions_BTC = self.layers(features)[:, None].float()
         return Thought(predictions_BTC, certainty(predictions_BTC, self.out_dims[1]))

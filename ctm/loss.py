@@ -54,6 +54,19 @@ def route_loss(
     return two_tick_loss(loss_BTP.sum(-1) / mask_BP.sum(-1, keepdim=True), certainty_BT, most_certain)
 
 
+def ctc_loss(predictions_BTC: Tensor, targets_BN: Tensor) -> Tensor:
+    """Connectionist temporal classification of sequences, the last class being the blank (the published sorting loss).
+
+    Args:
+        predictions_BTC: logits; a model says at most one symbol a tick.
+        targets_BN: N <= T symbols.
+    """
+    log_probs_TBC = rearrange(F.log_softmax(predictions_BTC, dim=-1), "b t c -> t b c")
+    ticks, batch, classes = log_probs_TBC.shape
+    lengths = [torch.full((batch,), n, dtype=torch.long) for n in (ticks, targets_BN.shape[1])]
+    return F.ctc_loss(log_probs_TBC, targets_BN, *lengths, blank=classes - 1)
+
+
 @torch.no_grad()
 def curriculum_mask(predictions_BTC: Tensor, routes_BP: Tensor, lookahead: int) -> Tensor:
     """(B, P), 1 where a position counts: the first max(n, 1) - 1 + lookahead; n: longest right prefix of any tick."""

@@ -23,10 +23,16 @@ Pairing = Literal["dense", "semi-dense", "random"]
 
 
 class SynapseLayer(nn.Sequential):
-    """One gated layer, (B, n_in) -> (B, D): the synapse model of depth 1."""
+    """Gated layers, (B, n_in) -> (B, D): the synapse model of depth 1.
 
-    def __init__(self, n_in: int, d_model: int, dropout: float):
-        super().__init__(nn.Dropout(dropout), nn.Linear(n_in, 2 * d_model), nn.GLU(), nn.LayerNorm(d_model))
+    Args:
+        blocks: how many; the published reinforcement-learning models have two.
+    """
+
+    def __init__(self, n_in: int, d_model: int, dropout: float, blocks: int = 1):
+        super().__init__(nn.Dropout(dropout))
+        for width in [n_in] + [d_model] * (blocks - 1):
+            self.extend([nn.Linear(width, 2 * d_model), nn.GLU(), nn.LayerNorm(d_model)])
 
 
 def unet_widths(d_model: int, depth: int, bottleneck: int = 16) -> list[int]:
@@ -126,20 +132,13 @@ def choose_pairs(d_model: int, n: int, pairing: Pairing, n_self: int, first: boo
     return left, torch.cat([left[:n_self], torch.randint(d_model, (n - n_self,))])
 
 
-class SyncState(NamedTuple):
-    """Running sums of one synchronization: `alpha_BR` of pair products, `beta_R` of their weights."""
-
-    alpha_BR: Tensor
-    beta_R: Tensor
-
-
 class Synchronization(nn.Module):
-    """Decaying synchronization of R neuron pairs (section 3.3, equations 7-10).
+    """Base of both kinds: R pairs of neurons, each with a learned decay.
 
-    sync_t = sum_k r^(t-k) z_k[left] z_k[right] / sqrt(sum_k r^(t-k)),   r = exp(-decay), decay in [0, 15], 0 at first.
+    `forward(state, z)` takes the activations of a tick in and returns the synchronization (B, R) and the new state.
     """
 
-    MAX_DECAY = 15.0
+    MAX_DECAY: float
 
     def __init__(self, left_R: Tensor, right_R: Tensor):
         super().__init__()
@@ -147,24 +146,71 @@ class Synchronization(nn.Module):
         self.register_buffer("right", right_R.clone())
         self.decay = nn.Parameter(torch.zeros(len(left_R)))
 
+    def bounded_decay(self) -> Tensor:
+        """The decays in [0, MAX_DECAY]. Straight-through: one at its bound still gets a gradient to bring it back."""
+        return self.decay + (self.decay.clamp(0, self.MAX_DECAY) - self.decay).detach()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Puts the decays back into their bounds; to be called after every optimiser step."""
+        self.decay.clamp_(0, self.MAX_DECAY)
+
+
+class SyncState(NamedTuple):
+    """Running sums of a decaying synchronization: `alpha_BR` of pair products, `beta_R` of their weights."""
+
+    alpha_BR: Tensor
+    beta_R: Tensor
+
+
+class DecayingSync(Synchronization):
+    """Synchronization over all ticks so far (section 3.3, equations 7-10).
+
+    sync_t = sum_k r^(t-k) z_k[left] z_k[right] / sqrt(sum_k r^(t-k)),   r = exp(-decay), decay in [0, 15], 0 at first.
+    """
+
+    MAX_DECAY = 15.0
+
     def start(self, batch: int) -> SyncState:
         """Nothing seen yet."""
         return SyncState(self.decay.new_zeros(batch, len(self.decay)), self.decay.new_zeros(len(self.decay)))
 
     def forward(self, state: SyncState, z_BD: Tensor) -> tuple[Tensor, SyncState]:
-        """Takes the activations in; returns the synchronization (B, R) and the new state."""
-        # Clamped straight-through: a decay at its bound still gets a gradient that can bring it back.
-        clamped = self.decay + (self.decay.clamp(0, self.MAX_DECAY) - self.decay).detach()
-        r = torch.exp(-clamped)
+        r = torch.exp(-self.bounded_decay())
         products_BR = z_BD.index_select(1, self.left) * z_BD.index_select(1, self.right)
         alpha = torch.addcmul(products_BR, r, state.alpha_BR)
         beta = r * state.beta_R + 1
         return alpha / beta.sqrt(), SyncState(alpha, beta)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Puts the decays back into [0, 15]; to be called after every optimiser step."""
-        self.decay.clamp_(0, self.MAX_DECAY)
+
+class WindowedSync(Synchronization):
+    """Synchronization over the last M ticks (the published reinforcement-learning models). Its state is the history of
+    activations (B, D, M), newest last, which starts from a learned one.
+
+    sync = sum_m w_m z_m[left] z_m[right] / sqrt(sum_m w_m),   w_m = exp(-decay (M - 1 - m)), decay in [0, 4].
+    """
+
+    MAX_DECAY = 4.0
+
+    def __init__(self, left_R: Tensor, right_R: Tensor, d_model: int, memory_length: int):
+        super().__init__(left_R, right_R)
+        bound = (d_model + memory_length) ** -0.5
+        self.history_start = nn.Parameter(torch.empty(d_model, memory_length).uniform_(-bound, bound))
+
+    def start(self, batch: int) -> Tensor:
+        """The learned history."""
+        return self.history_start.expand(batch, -1, -1)
+
+    def value(self, history_BDM: Tensor) -> Tensor:
+        """Synchronization (B, R) of a history."""
+        age_M = torch.arange(history_BDM.shape[-1] - 1, -1, -1, device=history_BDM.device)
+        weight_RM = torch.exp(-self.bounded_decay()[:, None] * age_M)
+        products_BRM = history_BDM.index_select(1, self.left) * history_BDM.index_select(1, self.right)
+        return einsum(products_BRM, weight_RM, "b r m, r m -> b r") / weight_RM.sum(-1).sqrt()
+
+    def forward(self, state: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
+        history_BDM = torch.cat([state[..., 1:], z_BD[..., None]], dim=-1)
+        return self.value(history_BDM), history_BDM
 
 
 # ----------------------------------------------------------------------------------------------------------------------

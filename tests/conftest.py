@@ -27,10 +27,13 @@ class Golden:
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
             meta = file.metadata()
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.kind, self.config = meta["model"], json.loads(meta["config"])
+        self.kind, self.config, self.notes = meta["model"], json.loads(meta["config"]), meta.get("notes", "")
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.tensors[key]
+
+    def inputs(self) -> list[torch.Tensor]:
+        return [self[key] for key in sorted(self.under("")) if key.startswith("input.")]
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}

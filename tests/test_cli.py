@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -46,6 +47,13 @@ def command(monkeypatch):
     return read
 
 
+@pytest.mark.parametrize("overlay, millions", [("lstm1", 42.3), ("lstm2", 75.9), ("lstm3", 109.4), ("ff", 54.8)])
+def test_the_papers_maze_baselines_have_the_sizes_it_prints(overlay, millions, command):
+    with torch.device("meta"):
+        line = command("task=maze/paper", f"overlay=paper-{overlay}", kind=BuildOnly)
+    assert sum(p.numel() for p in line.model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
 def resolved(line) -> dict:
     config = yaml.safe_load(line._parser(line.subcommand).dump(line.config[line.subcommand], skip_none=False))
     config.pop("config", None)
@@ -64,8 +72,11 @@ def test_every_task_file_names_itself_and_builds(task, command):
 def test_every_overlay_is_read_and_beats_the_task_file(overlay, command):
     content = yaml.safe_load((ROOT / "configs" / "overlay" / f"{overlay}.yaml").read_text())
     config = resolved(command("task=maze", f"overlay={overlay}"))
-    for key, value in content["trainer"].items():
+    for key, value in content.get("trainer", {}).items():
         assert config["trainer"][key] == value
+    for key, value in content.get("model", {}).get("init_args", {}).items():
+        set_to = config["model"]["init_args"][key]
+        assert set_to == value if isinstance(value, str) else value.items() <= set_to.items()
     config = resolved(command(f"overlay={overlay}", "trainer.max_steps=7", "task=maze"))
     assert config["trainer"]["max_steps"] == 7
 

@@ -16,8 +16,8 @@ from ctm.encoders import ResNet
 from ctm.loss import route_loss
 from ctm.modules import (
     CrossAttention,
+    DecayingSync,
     NeuronLevelModels,
-    Synchronization,
     certainty,
     choose_pairs,
     unet_widths,
@@ -132,7 +132,7 @@ def test_pairs():
 
 
 def test_synchronization_by_hand():
-    sync = Synchronization(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    sync = DecayingSync(torch.tensor([0, 1]), torch.tensor([0, 2]))
     torch.nn.init.constant_(sync.decay, 0.5)
     z = torch.randn(4, 1, 3)
     state = sync.start(1)
@@ -145,7 +145,7 @@ def test_synchronization_by_hand():
 
 
 def test_decay_is_clamped_but_keeps_its_gradient():
-    sync = Synchronization(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    sync = DecayingSync(torch.tensor([0, 1]), torch.tensor([0, 1]))
     sync.decay.data = torch.tensor([-1.0, 20.0])
     _, state = sync(sync.start(1), torch.ones(1, 2))
     value, _ = sync(state, torch.ones(1, 2))

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ctm import ops
 from ctm.modules import (
     CrossAttention,
     DecayingSync,
@@ -168,6 +169,7 @@ class CTM(nn.Module):
         super().__init__()
         c = self.config = config
         self.out_dims = out_dims and tuple(out_dims)
+        self.recordings = []  # filled by `ctm.record`
         nlm_dropout = c.dropout if c.nlm_dropout is None else c.nlm_dropout
         n_in = c.d_input + c.d_model
 
@@ -242,13 +244,21 @@ class CTM(nn.Module):
         reads = every_tick(reads, ticks, self.config.ticks, self.attention)
         if state is None:
             state = self.start(batch_of(reads[0]))
+        predictions = []
+        for part in ops.parts(reads):
+            syncs_BTR, state = ops.think(self, part, state) or self.loop(part, state)
+            predictions.append(self.head(syncs_BTR))
+        predictions_BTC = torch.cat(predictions, dim=1).float()
+        sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
+        return Thought(predictions_BTC, sure_BT, state.sync_BR, state)
+
+    def loop(self, reads: Sequence[Read], state: State) -> tuple[Tensor, State]:
+        """Tick after tick, plainly: synchronization after each (B, T, R), and the last state. `ctm.ops` is faster."""
         syncs = []
         for read in reads:
             state = self.tick(read, state)
             syncs.append(state.sync_BR)
-        predictions_BTC = self.head(torch.stack(syncs, dim=1)).float()
-        sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
-        return Thought(predictions_BTC, sure_BT, state.sync_BR, state)
+        return torch.stack(syncs, dim=1), state
 
     def reset(self, state: State, done_B: Tensor) -> State:
         """The state with the learned start in the rows (episodes) that are done; the others go on."""

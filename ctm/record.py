@@ -25,6 +25,17 @@ class Recording:
     def keep(self, name: str, value: Tensor) -> None:
         self.ticks.setdefault(name, []).append(value)
 
+    def take(self, work, sync_BTR: Tensor) -> None:
+        """What the fast recurrence (`ctm.ops`) has in its buffers after a thought."""
+        s = work.spec
+        self.ticks.setdefault("pre_activations", []).extend(work.trace[:, :, s.memory :].permute(2, 1, 0).clone())
+        self.ticks.setdefault("post_activations", []).extend(work.z[1:].clone())
+        self.ticks.setdefault("sync_out", []).extend(sync_BTR.transpose(0, 1))
+        if s.n_pairs:
+            self.ticks.setdefault("sync_action", []).extend(work.s.clone())
+        read_at = [(t, read) for t, read in enumerate(s.reads) if read >= 0]
+        self.ticks.setdefault("attention", []).extend(work.p[read][t].unsqueeze(-2).clone() for t, read in read_at)
+
     def stack(self, name: str, last: int | None = None) -> Tensor | None:
         values = self.ticks.get(name)
         return None if values is None else torch.stack(values[-last:] if last else values)
@@ -63,8 +74,13 @@ def record(model: nn.Module) -> Iterator[Recording]:
     handles = []
 
     def watch(module: nn.Module, name: str, pick=lambda output: output) -> None:
-        handles.append(module.register_forward_hook(lambda _, __, output: seen.keep(name, pick(output))))
+        def hook(_, __, output):
+            seen.keep(name, pick(output))
 
+        hook.records = True  # `ctm.ops` serves it from its buffers
+        handles.append(module.register_forward_hook(hook))
+
+    nets = []
     for path, module in model.named_modules():
         if isinstance(module, CrossAttention):
             watch(module.softmax, "attention")
@@ -74,8 +90,13 @@ def record(model: nn.Module) -> Iterator[Recording]:
             watch(module, "post_activations")
         elif isinstance(module, Synchronization):
             watch(module, path.rpartition(".")[2], lambda output: output[0])
+        elif hasattr(module, "recordings"):
+            nets.append(module)
+            module.recordings.append(seen)
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+        for net in nets:
+            net.recordings.remove(seen)

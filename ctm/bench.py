@@ -1,0 +1,260 @@
+"""`python -m ctm.bench`: what the fast recurrence saves, beside the plain loop in the same run.
+
+A size is measured only after the two were found to agree: outputs, and every gradient. A step is forward, loss, backward
+and AdamW, as the published implementation is timed.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from ctm import CTM, CTMConfig, Thinker, ops
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULTS = ("maze/paper", "maze/ablation")
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOLERANCE = {"bf16": 0.1, "fp32": 2e-2}
+"""Of one tensor's gradient, relative to its norm: what thousands of roundings leave, TF32's in fp32 on a GPU."""
+
+
+def build(name: str, overrides: dict, batch: int) -> tuple[Thinker, Callable, tuple[Tensor, ...]]:
+    """The model of a task file, its task's loss, and one batch of its data."""
+    path = CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        sys.exit(f"error: there is no configuration {name!r} in {CONFIGS}")
+    content = yaml.safe_load(path.read_text())
+
+    def class_of(spec: dict) -> type:
+        module, _, cls = spec["class_path"].rpartition(".")
+        return getattr(importlib.import_module(module), cls)
+
+    task = class_of(content["data"])(**content["data"]["init_args"])
+    model = content["model"]["init_args"]
+    config = CTMConfig(**model["ctm"] | overrides)
+    encoder = class_of(model["encoder"])(config.d_input, **model["encoder"].get("init_args", {}))
+    torch.manual_seed(0)
+    data = task.dataset("train")
+    batch = torch.utils.data.default_collate([data[i] for i in range(batch)])
+    return Thinker(encoder, CTM(config, task.out_dims)), task.loss, tuple(batch)
+
+
+@contextmanager
+def path(plain: bool):
+    before = os.environ.get("CTM_OPS")
+    os.environ["CTM_OPS"] = "naive" if plain else (before or "auto")
+    try:
+        yield
+    finally:
+        os.environ.pop("CTM_OPS")
+        if before:
+            os.environ["CTM_OPS"] = before
+
+
+class Case:
+    """One size and precision."""
+
+    def __init__(self, name: str, precision: str, device: str, batch: int, overrides: dict):
+        self.model, self.loss, data = build(name, overrides, batch)
+        self.model.to(device).train()
+        self.batch = tuple(x.to(device) for x in data)
+        self.device, self.dtype = device, PRECISIONS[precision]
+        self.tolerance = TOLERANCE[precision]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device == "cuda")
+
+    def forward(self):
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(*self.batch[:-1])
+
+    def gradients(self, plain: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Predictions and gradients without dropout, BatchNorm on stored statistics."""
+        self.model.eval()
+        self.model.zero_grad()
+        with path(plain):
+            thought = self.forward()
+            # A smooth loss: the task's picks ticks, and would pick others for round-off.
+            thought.predictions.square().mean().backward()
+        grads = {name: p.grad.double() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        self.model.train()
+        return thought.predictions.detach(), grads
+
+    def check(self) -> float:
+        """The worst relative difference of a gradient between plain and fast.
+
+        Raises:
+            ValueError: where it is above the tolerance.
+        """
+        (ours, fast), (theirs, plain) = self.gradients(False), self.gradients(True)
+        floor = 1e-3 * float(sum(g.norm() ** 2 for g in plain.values()) ** 0.5)
+        worst = {name: float((fast[name] - g).norm() / max(float(g.norm()), floor)) for name, g in plain.items()}
+        worst["predictions"] = float((ours - theirs).norm() / theirs.norm())
+        name = max(worst, key=worst.get)
+        if worst[name] > self.tolerance:
+            raise ValueError(f"the fast path differs from the plain one by {worst[name]:.1e} in {name}")
+        return worst[name]
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(self.model(*self.batch[:-1]), self.batch)
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def think(self) -> None:
+        self.forward()
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, what: Callable, at_least: float) -> float:
+        """The median of single runs for so many seconds, at least five; warmed up."""
+        for _ in range(4 if self.device == "cuda" else 1):
+            what()
+        self.wait()
+        times, start = [], time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - start < at_least:
+            begin = time.perf_counter()
+            what()
+            self.wait()
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[len(times) // 2]
+
+    def memory(self) -> float | None:
+        """Peak GiB of a step."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        self.wait()
+        return torch.cuda.max_memory_allocated() / 2**30
+
+    def kernels(self) -> tuple[int, float] | None:
+        """Kernels of a step, and the seconds that they keep the GPU busy."""
+        if self.device != "cuda":
+            return None
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            self.step()
+            self.wait()
+        launched = [event for event in profile.events() if event.device_type.name == "CUDA"]
+        self.profile = profile
+        return len(launched), sum(event.device_time for event in launched) / 1e6
+
+    def flops(self) -> float:
+        """Of a step, by counting the plain loop's."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with path(plain=True), FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+
+def measure(
+    name: str, precision: str, device: str, batch: int, overrides: dict, at_least: float, profile: bool
+) -> dict:
+    """One row: parity first, then plain and fast side by side."""
+    row = {"config": name, "precision": precision, "device": device, "batch": batch, **overrides}
+    case = Case(name, precision, device, batch, overrides)
+    row["difference"] = case.check()
+    for plain in (False, True):
+        with path(plain):
+            kind = "plain" if plain else "fast"
+            row[f"{kind}_step"] = case.seconds(case.step, at_least)
+            row[f"{kind}_forward"] = case.seconds(case.think, at_least)
+            row[f"{kind}_memory"] = case.memory()
+            if counted := case.kernels():
+                row[f"{kind}_kernels"], row[f"{kind}_busy"] = counted
+                if profile and not plain:
+                    print(case.profile.key_averages().table(sort_by="device_time_total", row_limit=40))
+        ops.clear()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    row["flops"] = case.flops()
+    return row
+
+
+def floor(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured bytes and operations a second of this device: a large copy, a large product."""
+    n = 2**13 if device == "cuda" else 2**10
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.empty_like(a)
+
+    def fastest(what: Callable) -> float:
+        best = float("inf")
+        for _ in range(10):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            what()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    return 2 * a.nbytes / fastest(lambda: b.copy_(a)), 2 * n**3 / fastest(lambda: torch.mm(a, a, out=b))
+
+
+def show(row: dict) -> str:
+    def ms(seconds: float) -> str:
+        return f"{1000 * seconds:.1f} ms"
+
+    words = [f"{row['config']} {row['precision']} batch {row['batch']}"]
+    for what in ("step", "forward"):
+        fast, plain = row[f"fast_{what}"], row[f"plain_{what}"]
+        words.append(f"{what} {ms(fast)} (plain {ms(plain)}, {plain / fast:.1f}x)")
+    if row["fast_memory"] is not None:
+        words.append(f"memory {row['fast_memory']:.2f} GiB (plain {row['plain_memory']:.2f})")
+        words.append(f"{row['fast_kernels']:,} kernels (plain {row['plain_kernels']:,}), busy {ms(row['fast_busy'])}")
+    words.append(f"{row['compute_share']:.1%} of the compute floor")
+    words.append(f"parity {row['difference']:.0e}")
+    return " · ".join(words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ctm.bench", description=__doc__)
+    parser.add_argument("--config", nargs="+", default=DEFAULTS, help="task files under configs/")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--precision", nargs="+", default=None, choices=tuple(PRECISIONS))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--ticks", type=int, nargs="+", default=[None], help="instead of the configuration's")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long each number is measured")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a fast step")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    words = parser.parse_args()
+    if words.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    rows, failed = [], False
+    for precision in words.precision or (("bf16", "fp32") if words.device == "cuda" else ("fp32",)):
+        bandwidth, compute = floor(words.device, PRECISIONS[precision])
+        print(f"{words.device} {precision}: {bandwidth / 1e9:,.0f} GB/s, {compute / 1e12:,.1f} TFLOP/s measured")
+        for name in words.config:
+            for ticks in words.ticks:
+                overrides = {} if ticks is None else {"ticks": ticks}
+                try:
+                    row = measure(name, precision, words.device, words.batch, overrides, words.seconds, words.profile)
+                except ValueError as error:
+                    failed = True
+                    print(f"{name} {precision}: not measured, {error}")
+                    continue
+                row["compute_share"] = row["flops"] / compute / row["fast_step"]
+                rows.append(row)
+                print(show(row), flush=True)
+    if words.json:
+        words.json.write_text(json.dumps(rows, indent=1))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The fast recurrence behind one seam: `think` does what `ctm.model.CTM`'s loop does, or says that it cannot.
+
+`CTM_OPS=naive` forces the plain loop. Without it a CPU takes hand-written steps in PyTorch, a GPU Triton kernels in CUDA
+graphs; `CTM_OPS=triton` takes the kernels anywhere (for Triton's interpreter).
+"""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ctm.modules import KeysValues, Synchronization, SyncState
+from ctm.ops import torch_tick
+from ctm.ops.recurrence import Spec
+from ctm.ops.weights import Unsupported, collect
+
+CHUNK = 25
+"""Without gradients, so many ticks at a time: memory does not grow with the length of a thought."""
+
+log = logging.getLogger(__name__)
+said: set[str] = set()
+
+
+def mode() -> str:
+    return os.environ.get("CTM_OPS", "auto")
+
+
+def backend(device: torch.device):
+    """The module of steps for a device."""
+    if mode() == "triton" or device.type == "cuda":
+        from ctm.ops import triton_tick
+
+        return triton_tick
+    return torch_tick
+
+
+def parts(reads: list) -> list[list]:
+    """The reads of a thought, as they are thought about at a time."""
+    if torch.is_grad_enabled():
+        return [reads]
+    return [reads[i : i + CHUNK] for i in range(0, len(reads), CHUNK)]
+
+
+def think(net: nn.Module, reads: Sequence[Tensor | KeysValues], state):
+    """The synchronization after every tick (B, T, R) and the last state, or None where the plain loop must run.
+
+    Args:
+        net: a `CTM`. reads: one for each tick, projected. state: before the first tick.
+    """
+    try:
+        return _think(net, reads, state)
+    except Unsupported as why:
+        if str(why) not in said and mode() != "naive":
+            said.add(str(why))
+            log.warning("the plain loop is used, which is slower: the fast one does not know %s", why)
+        return None
+
+
+def _think(net: nn.Module, reads: Sequence[Tensor | KeysValues], state):
+    if mode() == "naive" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if getattr(net, "recordings", None) and torch.is_grad_enabled():
+        return None  # what is recorded keeps its graph, and the buffers have none
+    device, c = state.z_BD.device, net.config
+    if device.type not in ("cpu", "cuda"):
+        return None
+    if type(net).__qualname__ != "CTM" or type(net).__module__ != "ctm.model":
+        raise Unsupported(f"the subclass {type(net).__name__}")
+    if state.z_BD.dtype != torch.float32:
+        raise Unsupported(f"states of {state.z_BD.dtype}")
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise Unsupported(f"products in {dtype}")
+    tokens = list({id(read): read for read in reads if isinstance(read, KeysValues)}.values())
+    vectors = list({id(read): read for read in reads if not isinstance(read, KeysValues)}.values())
+    if device.type == "cuda" and any(kv.keys.shape[2] > 1024 for kv in tokens):
+        raise Unsupported("more than 1024 tokens")
+    number = {id(read): i for i, read in enumerate(tokens)} | {id(read): -1 - i for i, read in enumerate(vectors)}
+    with torch.autocast(device.type, enabled=False):
+        weights = collect(net, lambda dropout: not vectors and (c.synapse_depth > 1 or dropout == 0))
+        given = {"z": state.z_BD, "trace": state.trace_BDM}
+        if state.action is not None:
+            given |= {"alpha": state.action.alpha_BR, "beta": state.action.beta_R}
+            if state.action.beta_R.ndim > 1:
+                raise Unsupported("rows that started at different ticks")
+        if state.out.beta_R.ndim > 1:
+            raise Unsupported("rows that started at different ticks")
+        for i, kv in enumerate(tokens):
+            given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
+        given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
+        given |= weights.tensors
+        if not tokens:
+            given = {name: value for name, value in given.items() if name not in ("wq", "bq", "wo", "bo")}
+        depth = c.synapse_depth if c.synapse_depth > 1 else 0
+        keep = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+        spec = Spec(
+            batch=len(state.z_BD), ticks=len(reads), d_model=c.d_model, d_input=c.d_input, heads=c.heads,
+            n_pairs=len(net.sync_action.decay) if c.heads else 0, memory=c.memory_length, hidden=c.nlm_hidden,
+            widths=tuple(len(given[f"b.down{i}"]) for i in range(depth)), reads=tuple(number[id(read)] for read in reads),
+            tokens=tuple(kv.keys.shape[2] for kv in tokens), dropout=weights.dropout, nlm_dropout=weights.nlm_dropout,
+            eps=weights.eps, dtype=dtype, device=device, keep=keep,
+            wanted=tuple(name for name, value in given.items() if keep and value.requires_grad),
+        )  # fmt: skip
+        runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
+        names = spec.names
+        z_TBD, trace_BDM, alpha_BR = Think.apply(runner, names, *(given[name] for name in names))
+        sync_BTR, alpha_out_BR, beta_out_R = Scan.apply(
+            z_TBD, net.sync_out.bounded_decay(), state.out.alpha_BR, state.out.beta_R, Pairs.of(net.sync_out)
+        )
+    for seen in getattr(net, "recordings", ()):
+        seen.take(runner.work, sync_BTR)
+    action = None
+    if c.heads:
+        r = torch.exp(-weights.tensors["decay"])
+        action = SyncState(alpha_BR, after(state.action.beta_R, r, len(reads)))
+    state = type(state)(z_TBD[-1].clone(), trace_BDM, action, SyncState(alpha_out_BR, beta_out_R), sync_BTR[:, -1])
+    return sync_BTR, state
+
+
+def after(beta_R: Tensor, r: Tensor, ticks: int) -> Tensor:
+    """beta, `ticks` ticks later: r^n beta + (1 - r^n) / (1 - r), where r is below 1, and beta + n at 1."""
+    power = r**ticks
+    return power * beta_R + torch.where(r < 1, (1 - power) / (1 - r).clamp(min=1e-12), float(ticks))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs of neurons
+
+
+class Pairs(torch_tick.Neighbours):
+    """The pairs of a synchronization as the steps want them, made once for a module."""
+
+    cache: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Pairs]]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, sync: Synchronization):
+        super().__init__(sync.left, sync.right)
+        self.left, self.right = sync.left.clone(), sync.right.clone()
+        if sync.left.is_cuda:
+            for name in ("left", "right", "active", "pair", "other"):
+                setattr(self, name, getattr(self, name).int())
+
+    @classmethod
+    def of(cls, sync: Synchronization) -> "Pairs":
+        mark = (sync.left.data_ptr(), sync.left._version, sync.right.data_ptr(), sync.right._version)
+        found = cls.cache.get(sync)
+        if found is None or found[0] != mark:
+            found = cls.cache[sync] = mark, cls(sync)
+        return found[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Buffers and graphs, kept from thought to thought
+
+
+class Turn:
+    """One thought's use of a runner's buffers: until its backward pass, or until nobody can ask for that any more."""
+
+    done = False
+
+
+class Runner:
+    """A `Recurrence` and, on a GPU, the CUDA graphs of its two loops."""
+
+    def __init__(self, spec: Spec, pairs: Pairs | None):
+        steps = backend(spec.device)
+        kind = steps.TorchRecurrence if steps is torch_tick else steps.TritonRecurrence
+        self.work = kind(spec)
+        if pairs is not None:
+            self.work.pairs, self.work.neighbours = (pairs.left, pairs.right), pairs
+        self.spec, self.uses = spec, 0
+        self.turn: weakref.ref[Turn] | None = None
+        self.graphs: tuple | None = None
+        self.grads: dict[str, Tensor] = {}
+
+    @property
+    def busy(self) -> bool:
+        turn = self.turn and self.turn()
+        return turn is not None and not turn.done
+
+    def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        work = self.work
+        work.load(given)
+        if self.spec.device.type == "cuda" and self.uses == 1:
+            self.capture()
+        if self.graphs:
+            self.graphs[0].replay()
+        else:
+            work.forward()
+        self.uses += 1
+        trace = work.trace[:, :, self.spec.ticks :].transpose(0, 1).clone()
+        alpha = work.alpha.clone() if self.spec.n_pairs else work.z[0, :, :0].clone()
+        return work.z[1:].detach(), trace, alpha
+
+    def backward(self, dz: Tensor, dtrace: Tensor | None, dalpha: Tensor | None) -> dict[str, Tensor]:
+        self.work.load_gradients(dz, dtrace, dalpha)
+        if self.graphs and self.graphs[1]:
+            self.graphs[1].replay()
+            return self.grads
+        return self.work.backward()
+
+    def capture(self) -> None:
+        """Records both loops. They were run before, so that everything is compiled."""
+        forward, backward = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(forward, capture_error_mode="thread_local"):
+            self.work.forward()
+        if self.spec.keep:
+            backward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+                self.grads = self.work.backward()
+        self.graphs = forward, backward
+
+
+MOST = 12
+"""Runners that are kept; the one not used for longest goes first."""
+runners: "OrderedDict[tuple, list[Runner]]" = OrderedDict()
+
+
+def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
+    """A runner of this kind whose buffers are free."""
+    key = (spec, id(pairs), torch.get_float32_matmul_precision())
+    runners.setdefault(key, [])
+    runners.move_to_end(key)
+    free = next((runner for runner in runners[key] if not runner.busy), None)
+    if free is None:
+        free = Runner(spec, pairs)
+        free.pairs = pairs  # its address is in the key
+        runners[key].append(free)
+    while sum(map(len, runners.values())) > MOST and len(runners) > 1:
+        runners.popitem(last=False)
+    return free
+
+
+def clear() -> None:
+    """Gives the memory of all buffers and graphs back."""
+    runners.clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+
+class Think(torch.autograd.Function):
+    """A thought as one step of autograd: tensors of `Spec.names` -> activations of all ticks, trace and action sums."""
+
+    @staticmethod
+    def forward(ctx, runner: Runner, names: list[str], *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.runner, ctx.names, ctx.turn = runner, names, Turn()
+        runner.turn = weakref.ref(ctx.turn)
+        return runner.forward(dict(zip(names, tensors, strict=True)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz: Tensor | None, dtrace: Tensor | None, dalpha: Tensor | None):
+        runner = ctx.runner
+        if runner.turn() is not ctx.turn:
+            raise RuntimeError("this thought's buffers were used again since its backward pass; think again first")
+        if dz is None:
+            dz = torch.zeros_like(runner.work.z[1:])
+        with torch.autocast(dz.device.type, enabled=False):
+            grads = runner.backward(dz, dtrace, dalpha)
+        ctx.turn.done = True
+        return None, None, *(grads.get(name) for name in ctx.names)
+
+
+class Scan(torch.autograd.Function):
+    """Synchronization of all ticks from the activations of all ticks."""
+
+    @staticmethod
+    def forward(ctx, z_TBD: Tensor, decay: Tensor, alpha_BR: Tensor, beta_R: Tensor, pairs: Pairs):
+        ctx.set_materialize_grads(False)
+        steps, ticks = backend(z_TBD.device), len(z_TBD)
+        if steps is torch_tick:
+            r, beta, betas = torch.exp(-decay), beta_R, []
+            for _ in range(ticks):
+                beta = r * beta + 1
+                betas.append(beta)
+            betas = torch.stack(betas)
+        else:
+            r, betas = steps.tables(decay, beta_R.contiguous(), ticks)
+        alpha_BR = alpha_BR.contiguous()
+        sync, last = steps.scan(z_TBD, (pairs.left, pairs.right), r, betas, alpha_BR)
+        ctx.save_for_backward(z_TBD, sync, r, betas, alpha_BR, beta_R)
+        ctx.pairs = pairs
+        return sync, last, betas[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsync: Tensor | None, dalpha: Tensor | None, dbeta: Tensor | None):
+        z, sync, r, betas, alpha0, beta0 = ctx.saved_tensors
+        dsync = torch.zeros_like(sync) if dsync is None else dsync
+        dalpha = torch.zeros_like(alpha0) if dalpha is None else dalpha.contiguous()
+        per_row = torch.zeros_like(alpha0)
+        if dbeta is not None:
+            per_row[0] = dbeta  # the same for all rows: one of them carries it
+        steps = backend(z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            dz, dr, dalpha, dbeta = steps.scan_backward(
+                dsync, sync, z, r, betas, alpha0, beta0, dalpha, per_row, ctx.pairs
+            )
+        return dz, -r * dr, dalpha, dbeta, None

@@ -1,7 +1,7 @@
 """`python -m ctm.bench`: what the fast recurrence saves, beside the plain loop in the same run.
 
-A size is measured only after the two were found to agree: outputs, and every gradient. A step is forward, loss, backward
-and AdamW, as the published implementation is timed.
+A size is measured only after the two were found to agree: outputs, and every gradient. A step is forward, loss,
+backward and AdamW, as the published implementation is timed.
 """
 
 import argparse

@@ -207,6 +207,8 @@ class ResNet(MapEncoder):
         self.finish(d_input, n_in, POSITIONS[position](n_in))
 
     def features(self, images: Tensor) -> Tensor:
+        if images.is_cuda:  # the layout that tensor cores want
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.stages(self.stem(self.rgb(images)))
 
     def n_tokens(self, height: int, width: int) -> int:

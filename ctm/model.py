@@ -245,9 +245,9 @@ class CTM(nn.Module):
         if state is None:
             state = self.start(batch_of(reads[0]))
         predictions = []
-        for part in ops.parts(reads):
-            syncs_BTR, state = ops.think(self, part, state) or self.loop(part, state)
+        for syncs_BTR, after in ops.think(self, reads, state):
             predictions.append(self.head(syncs_BTR))
+            state = after
         predictions_BTC = torch.cat(predictions, dim=1).float()
         sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
         return Thought(predictions_BTC, sure_BT, state.sync_BR, state)

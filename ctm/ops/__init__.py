@@ -1,14 +1,14 @@
 """The fast recurrence behind one seam: `think` does what `ctm.model.CTM`'s loop does, or says that it cannot.
 
-`CTM_OPS=naive` forces the plain loop. Without it a CPU takes hand-written steps in PyTorch, a GPU Triton kernels in CUDA
-graphs; `CTM_OPS=triton` takes the kernels anywhere (for Triton's interpreter).
+`CTM_OPS=naive` forces the plain loop. Without it a CPU takes hand-written steps in PyTorch, a GPU Triton kernels in
+CUDA graphs; `CTM_OPS=triton` takes the kernels anywhere (for Triton's interpreter).
 """
 
 import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ctm.modules import KeysValues, Synchronization, SyncState
 from ctm.ops import torch_tick
 from ctm.ops.recurrence import Spec
-from ctm.ops.weights import Unsupported, collect
+from ctm.ops.weights import Unsupported, Weights, collect
 
 CHUNK = 25
 """Without gradients, so many ticks at a time: memory does not grow with the length of a thought."""
@@ -46,29 +46,39 @@ def parts(reads: list) -> list[list]:
     return [reads[i : i + CHUNK] for i in range(0, len(reads), CHUNK)]
 
 
-def think(net: nn.Module, reads: Sequence[Tensor | KeysValues], state):
-    """The synchronization after every tick (B, T, R) and the last state, or None where the plain loop must run.
+def think(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Iterator[tuple[Tensor, tuple]]:
+    """The synchronization after every tick (B, T, R) and the state after the last, for some ticks at a time.
 
     Args:
-        net: a `CTM`. reads: one for each tick, projected. state: before the first tick.
+        net: a `CTM`.
+        reads: one for each tick, projected.
+        state: before the first tick.
     """
     try:
-        return _think(net, reads, state)
+        weights = take_weights(net, reads, state)
     except Unsupported as why:
-        if str(why) not in said and mode() != "naive":
+        weights = None
+        if str(why) not in said:
             said.add(str(why))
             log.warning("the plain loop is used, which is slower: the fast one does not know %s", why)
-        return None
+    for part in parts(reads):
+        sync_BTR, state = net.loop(part, state) if weights is None else fast(net, weights, part, state)
+        yield sync_BTR, state
 
 
-def _think(net: nn.Module, reads: Sequence[Tensor | KeysValues], state):
-    if mode() == "naive" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if getattr(net, "recordings", None) and torch.is_grad_enabled():
-        return None  # what is recorded keeps its graph, and the buffers have none
+def take_weights(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Weights | None:
+    """What the fast path thinks with, or None where the plain loop is asked for.
+
+    Raises:
+        Unsupported: where the fast path cannot.
+    """
     device, c = state.z_BD.device, net.config
-    if device.type not in ("cpu", "cuda"):
+    if mode() == "naive" or device.type not in ("cpu", "cuda"):
         return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if net.recordings and torch.is_grad_enabled():
+        return None  # what is recorded keeps its graph, and the buffers have none
     if type(net).__qualname__ != "CTM" or type(net).__module__ != "ctm.model":
         raise Unsupported(f"the subclass {type(net).__name__}")
     if state.z_BD.dtype != torch.float32:
@@ -76,50 +86,53 @@ def _think(net: nn.Module, reads: Sequence[Tensor | KeysValues], state):
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f"products in {dtype}")
-    tokens = list({id(read): read for read in reads if isinstance(read, KeysValues)}.values())
-    vectors = list({id(read): read for read in reads if not isinstance(read, KeysValues)}.values())
+    if c.sync == "window" or c.synapse_blocks > 1:
+        raise Unsupported("the published reinforcement-learning parts")
+    if any(sync is not None and sync.beta_R.ndim > 1 for sync in (state.action, state.out)):
+        raise Unsupported("rows that started at different ticks")
+    tokens = [read for read in reads if isinstance(read, KeysValues)]
     if device.type == "cuda" and any(kv.keys.shape[2] > 1024 for kv in tokens):
         raise Unsupported("more than 1024 tokens")
-    number = {id(read): i for i, read in enumerate(tokens)} | {id(read): -1 - i for i, read in enumerate(vectors)}
     with torch.autocast(device.type, enabled=False):
-        weights = collect(net, lambda dropout: not vectors and (c.synapse_depth > 1 or dropout == 0))
-        given = {"z": state.z_BD, "trace": state.trace_BDM}
-        if state.action is not None:
-            given |= {"alpha": state.action.alpha_BR, "beta": state.action.beta_R}
-            if state.action.beta_R.ndim > 1:
-                raise Unsupported("rows that started at different ticks")
-        if state.out.beta_R.ndim > 1:
-            raise Unsupported("rows that started at different ticks")
-        for i, kv in enumerate(tokens):
-            given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
-        given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
-        given |= weights.tensors
-        if not tokens:
-            given = {name: value for name, value in given.items() if name not in ("wq", "bq", "wo", "bo")}
-        depth = c.synapse_depth if c.synapse_depth > 1 else 0
-        keep = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
-        spec = Spec(
-            batch=len(state.z_BD), ticks=len(reads), d_model=c.d_model, d_input=c.d_input, heads=c.heads,
-            n_pairs=len(net.sync_action.decay) if c.heads else 0, memory=c.memory_length, hidden=c.nlm_hidden,
-            widths=tuple(len(given[f"b.down{i}"]) for i in range(depth)), reads=tuple(number[id(read)] for read in reads),
-            tokens=tuple(kv.keys.shape[2] for kv in tokens), dropout=weights.dropout, nlm_dropout=weights.nlm_dropout,
-            eps=weights.eps, dtype=dtype, device=device, keep=keep,
-            wanted=tuple(name for name, value in given.items() if keep and value.requires_grad),
-        )  # fmt: skip
-        runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
-        names = spec.names
-        z_TBD, trace_BDM, alpha_BR = Think.apply(runner, names, *(given[name] for name in names))
+        return collect(net, dtype, only_tokens=len(tokens) == len(reads), tokens=bool(tokens))
+
+
+def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], state):
+    """Some ticks on the fast path: what the plain loop, `CTM.loop`, returns."""
+    c, device = net.config, state.z_BD.device
+    tokens = list({id(read): read for read in reads if isinstance(read, KeysValues)}.values())
+    vectors = list({id(read): read for read in reads if not isinstance(read, KeysValues)}.values())
+    number = {id(read): i for i, read in enumerate(tokens)} | {id(read): -1 - i for i, read in enumerate(vectors)}
+    given = {"z": state.z_BD, "trace": state.trace_BDM}
+    if c.heads:
+        given |= {"alpha": state.action.alpha_BR, "beta": state.action.beta_R}
+    for i, kv in enumerate(tokens):
+        given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
+    given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
+    given |= weights.tensors
+    keep = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+    spec = Spec(
+        batch=len(state.z_BD), ticks=len(reads), d_model=c.d_model, d_input=c.d_input, heads=c.heads,
+        n_pairs=len(net.sync_action.decay) if c.heads else 0, memory=c.memory_length, hidden=c.nlm_hidden,
+        widths=weights.widths, reads=tuple(number[id(read)] for read in reads),
+        tokens=tuple(kv.keys.shape[2] for kv in tokens), folded=weights.folded, dropout=weights.dropout,
+        nlm_dropout=weights.nlm_dropout, eps=weights.eps, dtype=weights.dtype, device=device, keep=keep,
+        wanted=tuple(name for name, value in given.items() if keep and value.requires_grad), names=tuple(given),
+    )  # fmt: skip
+    runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
+    with torch.autocast(device.type, enabled=False):
+        z_TBD, trace_BDM, alpha_BR = Think.apply(runner, *given.values())
         sync_BTR, alpha_out_BR, beta_out_R = Scan.apply(
             z_TBD, net.sync_out.bounded_decay(), state.out.alpha_BR, state.out.beta_R, Pairs.of(net.sync_out)
         )
-    for seen in getattr(net, "recordings", ()):
+        action = None
+        if c.heads:
+            r = torch.exp(-weights.tensors["decay"])
+            action = SyncState(alpha_BR, after(state.action.beta_R, r, len(reads)))
+    for seen in net.recordings:
         seen.take(runner.work, sync_BTR)
-    action = None
-    if c.heads:
-        r = torch.exp(-weights.tensors["decay"])
-        action = SyncState(alpha_BR, after(state.action.beta_R, r, len(reads)))
-    state = type(state)(z_TBD[-1].clone(), trace_BDM, action, SyncState(alpha_out_BR, beta_out_R), sync_BTR[:, -1])
-    return sync_BTR, state
+    out = SyncState(alpha_out_BR, beta_out_R)
+    return sync_BTR, type(state)(z_TBD[-1].clone(), trace_BDM, action, out, sync_BTR[:, -1])
 
 
 def after(beta_R: Tensor, r: Tensor, ticks: int) -> Tensor:
@@ -192,7 +205,7 @@ class Runner:
         else:
             work.forward()
         self.uses += 1
-        trace = work.trace[:, :, self.spec.ticks :].transpose(0, 1).clone()
+        trace = work.trace[self.spec.ticks :].permute(1, 2, 0).float().clone(memory_format=torch.contiguous_format)
         alpha = work.alpha.clone() if self.spec.n_pairs else work.z[0, :, :0].clone()
         return work.z[1:].detach(), trace, alpha
 
@@ -248,11 +261,11 @@ class Think(torch.autograd.Function):
     """A thought as one step of autograd: tensors of `Spec.names` -> activations of all ticks, trace and action sums."""
 
     @staticmethod
-    def forward(ctx, runner: Runner, names: list[str], *tensors: Tensor):
+    def forward(ctx, runner: Runner, *tensors: Tensor):
         ctx.set_materialize_grads(False)
-        ctx.runner, ctx.names, ctx.turn = runner, names, Turn()
+        ctx.runner, ctx.turn = runner, Turn()
         runner.turn = weakref.ref(ctx.turn)
-        return runner.forward(dict(zip(names, tensors, strict=True)))
+        return runner.forward(dict(zip(runner.spec.names, tensors, strict=True)))
 
     @staticmethod
     @once_differentiable
@@ -265,7 +278,7 @@ class Think(torch.autograd.Function):
         with torch.autocast(dz.device.type, enabled=False):
             grads = runner.backward(dz, dtrace, dalpha)
         ctx.turn.done = True
-        return None, None, *(grads.get(name) for name in ctx.names)
+        return None, *(grads.get(name) for name in runner.spec.names)
 
 
 class Scan(torch.autograd.Function):

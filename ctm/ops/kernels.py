@@ -1,8 +1,7 @@
 """Triton kernels of one tick, forward and backward, and of the synchronization over all ticks.
 
-Each does what several modules of `ctm.modules` do between two matrix products. They are called by `ctm.ops.triton_tick`,
-which says what the arguments are; `ctm.ops.torch_tick` does the same in plain PyTorch. Buffers are indexed by tick, so that
-one recorded sequence of launches (a CUDA graph) serves a whole thought. All arithmetic is fp32, whatever is stored.
+Each does what several modules of `ctm.modules` do between two matrix products. They are launched by
+`ctm.ops.triton_tick`; `ctm.ops.torch_tick` does the same in plain PyTorch. All arithmetic is fp32, whatever is stored.
 """
 
 import triton
@@ -24,7 +23,7 @@ def _hash(x):
 def dropout_scale(seed_ptr, site, index, p):
     """0 with probability p, else 1 / (1 - p): the same for the same (seed, site, index), forward and backward."""
     key = _hash(tl.load(seed_ptr).to(tl.uint32) + _hash(site.to(tl.uint32)))
-    bits = _hash(_hash(index.to(tl.uint32) ^ key) + key)
+    bits = _hash(index.to(tl.uint32) * 0x9E3779B1 + key)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
     return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
 
@@ -72,8 +71,8 @@ def sync_step_backward(
     """One tick backward, one program a sample: adjoints of alpha (a) and beta (b), and dz of the activations read.
 
     dz = what the tick's own use of z gives (dx), what later ticks' outputs ask for (dz_out), and the pairs' share.
-    `before` is s of the tick before, or alpha where this is the first one. At the last tick (END) the adjoints are those
-    of what came out; before it they pass through r.
+    `before` is s of the tick before, or alpha where this is the first one. At the last tick (END) the adjoints are
+    those of what came out; before it they pass through r.
     """
     row = tl.program_id(0).to(tl.int64)
     for first in range(0, R, BLOCK):
@@ -203,7 +202,7 @@ def attend(
     q_ptr, bias_ptr, k_ptr, v_ptr, p_ptr, o_ptr, seed_ptr, site, scale, p_drop, heads, S, dh, stride_q, stride_o,
     DROP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q k' scale) v for every sample and head; q gets its bias, in place; p keeps the weights before dropout."""
+    """softmax(q k' scale) v, one program a sample and head; q gets its bias, in place; p keeps the undropped weights."""
     row = tl.program_id(0).to(tl.int64)
     b, h = row // heads, row % heads
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -259,26 +258,55 @@ def attend_backward(
 
 
 @triton.jit
-def _normalized(y, mask, width, eps):
-    mean = tl.sum(y, axis=0) / width
-    centred = tl.where(mask, y - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    return centred * rstd, rstd
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
-def _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, place, i, mask, width, eps):
-    """Recomputed wherever it is needed: normalised input, its 1/std, the LayerNorm's value a and SiLU(a)."""
-    y = tl.load(y_ptr + place, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + i, mask, 0.0)
-    x, rstd = _normalized(y, mask, width, eps)
-    a = x * tl.load(gamma_ptr + i, mask, 0.0) + tl.load(beta_ptr + i, mask, 0.0)
+def _statistics(y, mask, width, eps):
+    """Mean and 1/std in one reduction, of differences to the first value: no cancellation where the mean is large."""
+    first = tl.sum(tl.where(tl.arange(0, y.shape[0]) == 0, y, 0.0), axis=0)
+    d = tl.where(mask, y - first, 0.0)
+    total, squares = tl.reduce((d, d * d), 0, _add_two)
+    mean = total / width
+    return mean + first, 1 / tl.sqrt(squares / width - mean * mean + eps)
+
+
+@triton.jit
+def _keep(stat_ptr, b, mean, rstd):
+    tl.store(stat_ptr + 2 * b, mean)
+    tl.store(stat_ptr + 2 * b + 1, rstd)
+
+
+@triton.jit
+def _value(y_ptr, bias_ptr, place, i, mask):
+    return tl.load(y_ptr + place, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + i, mask, 0.0)
+
+
+@triton.jit
+def _normalized(y, stat_ptr, b, mask):
+    rstd = tl.load(stat_ptr + 2 * b + 1)
+    return tl.where(mask, (y - tl.load(stat_ptr + 2 * b)) * rstd, 0.0), rstd
+
+
+@triton.jit
+def _affine(x, gamma_ptr, beta_ptr, i, mask):
+    return x * tl.load(gamma_ptr + i, mask, 0.0) + tl.load(beta_ptr + i, mask, 0.0)
+
+
+@triton.jit
+def _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask):
+    """From the kept statistics: the normalised input, its 1/std, the LayerNorm's value a and SiLU(a)."""
+    x, rstd = _normalized(_value(y_ptr, bias_ptr, place, i, mask), stat_ptr, b, mask)
+    a = _affine(x, gamma_ptr, beta_ptr, i, mask)
     return x, rstd, a, a * tl.sigmoid(a)
 
 
 @triton.jit
 def _norm_backward(da, x, rstd, gamma_ptr, i, mask, width):
     dx = da * tl.load(gamma_ptr + i, mask, 0.0)
-    return rstd * (dx - tl.sum(dx, axis=0) / width - x * (tl.sum(dx * x, axis=0) / width))
+    total, along = tl.reduce((dx, dx * x), 0, _add_two)
+    return rstd * (dx - total / width - x * (along / width))
 
 
 @triton.jit
@@ -288,14 +316,18 @@ def _add(ptr, place, value, mask):
 
 @triton.jit(do_not_specialize=["site"])
 def norm_silu(
-    y_ptr, bias_ptr, gamma_ptr, beta_ptr, x_ptr, seed_ptr, site, p_drop, eps, width, stride, DROP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, x_ptr, seed_ptr, site, p_drop, eps, width, stride,
+    DROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x = dropout(SiLU(LayerNorm(y + bias))), the input of the next product."""
+    """x = dropout(SiLU(LayerNorm(y + bias))), the input of the next product; keeps the statistics."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
-    _, _, _, h = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, b * stride + i, i, mask, width, eps)
+    y = _value(y_ptr, bias_ptr, b * stride + i, i, mask)
+    mean, rstd = _statistics(y, mask, width, eps)
+    _keep(stat_ptr, b, mean, rstd)
+    a = _affine((y - mean) * rstd, gamma_ptr, beta_ptr, i, mask)
+    h = a * tl.sigmoid(a)
     if DROP:
         h *= dropout_scale(seed_ptr, site, b * stride + i, p_drop)
     tl.store(x_ptr + b * stride + i, h.to(x_ptr.dtype.element_ty), mask)
@@ -303,15 +335,15 @@ def norm_silu(
 
 @triton.jit(do_not_specialize=["site"])
 def norm_silu_backward(
-    dx_ptr, dskip_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, dy_ptr, dgamma_ptr, dbeta_ptr, seed_ptr, site, p_drop,
-    eps, width, stride, DROP: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    dx_ptr, dskip_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, dy_ptr, dgamma_ptr, dbeta_ptr, seed_ptr, site,
+    p_drop, width, stride, DROP: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dy from dx (through the dropout) and from the skip; adds to each sample's share of dgamma and dbeta."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
     place = b * stride + i
-    x, rstd, a, _ = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, place, i, mask, width, eps)
+    x, rstd, a, _ = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask)
     dh = tl.load(dx_ptr + place, mask, 0.0).to(tl.float32)
     if DROP:
         dh *= dropout_scale(seed_ptr, site, place, p_drop)
@@ -325,49 +357,52 @@ def norm_silu_backward(
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["site", "column", "B"])
+@triton.jit(do_not_specialize=["site"])
 def up(
-    y_ptr, bias_ptr, gamma_ptr, beta_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, gamma2_ptr,
-    beta2_ptr, x_ptr, trace_ptr, seed_ptr, site, p_drop, eps, width, stride, B, length, column, DROP: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr,
+    stat_skip_ptr, gamma2_ptr, beta2_ptr, stat2_ptr, x_ptr, seed_ptr, site, p_drop, eps, width, stride, stride_x,
+    DROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm(SiLU(LayerNorm(y)) + skip): the next product's input, or (LAST) this tick's column of the trace."""
+    """LayerNorm(SiLU(LayerNorm(y)) + skip): the next product's input, or this tick's row of the trace."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
     place = b * stride + i
-    _, _, _, h = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, place, i, mask, width, eps)
-    _, _, _, skip = _norm_silu(y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, place, i, mask, width, eps)
-    x, _ = _normalized(h + skip, mask, width, eps)
-    u = x * tl.load(gamma2_ptr + i, mask, 0.0) + tl.load(beta2_ptr + i, mask, 0.0)
-    if LAST:
-        tl.store(trace_ptr + (i.to(tl.int64) * B + b) * length + column, u, mask)
-    else:
-        if DROP:
-            u *= dropout_scale(seed_ptr, site, place, p_drop)
-        tl.store(x_ptr + place, u.to(x_ptr.dtype.element_ty), mask)
+    y = _value(y_ptr, bias_ptr, place, i, mask)
+    mean, rstd = _statistics(y, mask, width, eps)
+    _keep(stat_ptr, b, mean, rstd)
+    a = _affine((y - mean) * rstd, gamma_ptr, beta_ptr, i, mask)
+    _, _, _, skip = _norm_silu(
+        y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, stat_skip_ptr, b, place, i, mask
+    )
+    v = a * tl.sigmoid(a) + skip
+    mean, rstd = _statistics(v, mask, width, eps)
+    _keep(stat2_ptr, b, mean, rstd)
+    u = _affine((v - mean) * rstd, gamma2_ptr, beta2_ptr, i, mask)
+    if DROP:
+        u *= dropout_scale(seed_ptr, site, place, p_drop)
+    tl.store(x_ptr + b * stride_x + i, u.to(x_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["site", "column", "B"])
+@triton.jit(do_not_specialize=["site"])
 def up_backward(
-    dx_ptr, dtrace_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr,
-    beta_skip_ptr, gamma2_ptr, dy_ptr, dskip_ptr, dgamma_ptr, dbeta_ptr, dgamma2_ptr, dbeta2_ptr, seed_ptr, site,
-    p_drop, eps, width, stride, B, length, column, DROP: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    dx_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr,
+    stat_skip_ptr, gamma2_ptr, stat2_ptr, dy_ptr, dskip_ptr, dgamma_ptr, dbeta_ptr, dgamma2_ptr, dbeta2_ptr, seed_ptr,
+    site, p_drop, width, stride, stride_dx, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dy and the skip's gradient; adds to each sample's share of the four LayerNorm gradients."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
     place = b * stride + i
-    x, rstd, a, h = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, place, i, mask, width, eps)
-    _, _, _, skip = _norm_silu(y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, place, i, mask, width, eps)
-    x2, rstd2 = _normalized(h + skip, mask, width, eps)
-    if LAST:
-        du = tl.load(dtrace_ptr + (i.to(tl.int64) * B + b) * length + column, mask, 0.0)
-    else:
-        du = tl.load(dx_ptr + place, mask, 0.0).to(tl.float32)
-        if DROP:
-            du *= dropout_scale(seed_ptr, site, place, p_drop)
+    x, rstd, a, h = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask)
+    _, _, _, skip = _norm_silu(
+        y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, stat_skip_ptr, b, place, i, mask
+    )
+    x2, rstd2 = _normalized(h + skip, stat2_ptr, b, mask)
+    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0).to(tl.float32)
+    if DROP:
+        du *= dropout_scale(seed_ptr, site, place, p_drop)
     _add(dgamma2_ptr, place, du * x2, mask)
     _add(dbeta2_ptr, place, du, mask)
     dh = _norm_backward(du, x2, rstd2, gamma2_ptr, i, mask, width)
@@ -380,34 +415,35 @@ def up_backward(
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["column", "B"])
+@triton.jit
 def gated_norm(
-    y_ptr, bias_ptr, gamma_ptr, beta_ptr, trace_ptr, eps, D, stride, B, length, column, BLOCK: tl.constexpr
+    y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, x_ptr, eps, D, stride, stride_x, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The gated layer: LayerNorm(GLU(y + bias)), this tick's column of the trace."""
+    """The gated layer: LayerNorm(GLU(y + bias)), this tick's row of the trace."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < D
-    value = tl.load(y_ptr + b * stride + i, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + i, mask, 0.0)
-    gate = tl.load(y_ptr + b * stride + D + i, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + D + i, mask, 0.0)
-    x, _ = _normalized(tl.where(mask, value * tl.sigmoid(gate), 0.0), mask, D, eps)
-    u = x * tl.load(gamma_ptr + i, mask, 0.0) + tl.load(beta_ptr + i, mask, 0.0)
-    tl.store(trace_ptr + (i.to(tl.int64) * B + b) * length + column, u, mask)
+    value = _value(y_ptr, bias_ptr, b * stride + i, i, mask)
+    gate = _value(y_ptr + D, bias_ptr + D, b * stride + i, i, mask)
+    h = value * tl.sigmoid(gate)
+    mean, rstd = _statistics(h, mask, D, eps)
+    _keep(stat_ptr, b, mean, rstd)
+    u = _affine((h - mean) * rstd, gamma_ptr, beta_ptr, i, mask)
+    tl.store(x_ptr + b * stride_x + i, u.to(x_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["column", "B"])
+@triton.jit
 def gated_norm_backward(
-    dtrace_ptr, y_ptr, bias_ptr, gamma_ptr, dy_ptr, dgamma_ptr, dbeta_ptr, eps, D, stride, B, length, column,
+    dx_ptr, y_ptr, bias_ptr, gamma_ptr, stat_ptr, dy_ptr, dgamma_ptr, dbeta_ptr, D, stride, stride_dx,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < D
-    value = tl.load(y_ptr + b * stride + i, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + i, mask, 0.0)
-    gate = tl.load(y_ptr + b * stride + D + i, mask, 0.0).to(tl.float32) + tl.load(bias_ptr + D + i, mask, 0.0)
-    gate = tl.sigmoid(gate)
-    x, rstd = _normalized(tl.where(mask, value * gate, 0.0), mask, D, eps)
-    du = tl.load(dtrace_ptr + (i.to(tl.int64) * B + b) * length + column, mask, 0.0)
+    value = _value(y_ptr, bias_ptr, b * stride + i, i, mask)
+    gate = tl.sigmoid(_value(y_ptr + D, bias_ptr + D, b * stride + i, i, mask))
+    x, rstd = _normalized(value * gate, stat_ptr, b, mask)
+    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0)
     _add(dgamma_ptr, b * stride + i, du * x, mask)
     _add(dbeta_ptr, b * stride + i, du, mask)
     dh = _norm_backward(du, x, rstd, gamma_ptr, i, mask, D)
@@ -429,223 +465,241 @@ def drop(x_ptr, bias_ptr, y_ptr, seed_ptr, site, p_drop, width, n_bias, stride_x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Neuron-level models. One program a neuron: its weights are small, and its history is contiguous in the trace (D, B, L).
+# Neuron-level models. A program has some neighbouring neurons n, whose values lie side by side in the trace (L, B, D),
+# and some samples b: tiles are (n, b, m) for the history, (n, b, o) for the hidden layer.
 
 
 @triton.jit
-def _history(
-    trace_ptr, neuron, b, m, mask, B, M, length, column, seed_ptr, site, p_drop, dtype: tl.constexpr, DROP: tl.constexpr
-):
-    x = tl.load(trace_ptr + (neuron * B + b)[:, None] * length + column + m[None, :], mask, 0.0)
-    if DROP:
-        x *= _history_scale(neuron, b, m, B, M, seed_ptr, site, p_drop)
-    return x.to(dtype)
+def _tile(n, b, k, B, K):
+    """Numbers of the elements of a tile, for dropout."""
+    return ((n[:, None, None] * B + b[None, :, None]) * K + k[None, None, :]).to(tl.uint32)
 
 
 @triton.jit
-def _history_scale(neuron, b, m, B, M, seed_ptr, site, p_drop):
-    return dropout_scale(seed_ptr, site, ((neuron * B + b)[:, None] * M + m[None, :]).to(tl.int32), p_drop)
+def _history(trace_ptr, n, b, m, mask, B, D):
+    return tl.load(trace_ptr + m[None, None, :] * (B * D) + b[None, :, None] * D + n[:, None, None], mask, 0.0)
 
 
 @triton.jit
-def _hidden_scale(neuron, b, o, B, H, seed_ptr, site, p_drop):
-    return dropout_scale(seed_ptr, site + 1, ((neuron * B + b)[:, None] * H + o[None, :]).to(tl.int32), p_drop)
+def _weight1(ptr, n, m, o, mask, M, H):
+    place = ptr + n[:, None, None] * (M * 2 * H) + m[None, :, None] * (2 * H) + o[None, None, :]
+    return tl.load(place, mask, 0.0), tl.load(place + H, mask, 0.0)
 
 
 @triton.jit
-def _column(ptr, i, which: tl.constexpr, mask):
-    return tl.load(ptr + i * 2 + which, mask, 0.0).to(tl.float32)
+def _pair(ptr, n, k, K, mask):
+    """Two columns of (D, K, 2) weights, for (n, k)."""
+    place = ptr + (n[:, None] * K + k[None, :]) * 2
+    return tl.load(place, mask, 0.0).to(tl.float32), tl.load(place + 1, mask, 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["site", "column", "B"])
+@triton.jit
+def _answer(g, w0, w1, b2_ptr, n, mask_n, t2):
+    """The last layer: g (n, b, k) and its two columns (n, k) -> value and gate (n, b)."""
+    b0, b1 = tl.load(b2_ptr + n * 2, mask_n, 0.0), tl.load(b2_ptr + n * 2 + 1, mask_n, 0.0)
+    y0 = tl.sum(g * w0[:, None, :], axis=2)
+    y1 = tl.sum(g * w1[:, None, :], axis=2)
+    return (y0 + b0[:, None]) / t2, (y1 + b1[:, None]) / t2
+
+
+@triton.jit
+def _hidden_bias(b1_ptr, n, o, mask, H):
+    place = b1_ptr + n[:, None] * (2 * H) + o[None, :]
+    return tl.load(place, mask, 0.0)[:, None, :], tl.load(place + H, mask, 0.0)[:, None, :]
+
+
+@triton.jit(do_not_specialize=["site", "B"])
 def neurons(
     trace_ptr, w1_ptr, b1_ptr, t1_ptr, w2_ptr, b2_ptr, t2_ptr, z_ptr, x_ptr, seed_ptr, site, p_drop, B, D, M, H,
-    length, column, stride_x, DEEP: tl.constexpr, DROP: tl.constexpr, NEXT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    stride_x, DEEP: tl.constexpr, DROP: tl.constexpr, NEXT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The next activations z (B, D), and (NEXT) their place in the next tick's product."""
-    neuron = tl.program_id(0).to(tl.int64)
+    """The next activations z (B, D), and (NEXT) their place in the next tick's product. `trace` starts at the window."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     m, o = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    mask_b, mask_m, mask_o = b < B, m < M, o < H
+    mask_n, mask_b, mask_m, mask_o = n < D, b < B, m < M, o < H
     dtype = w1_ptr.dtype.element_ty
-    mask = mask_b[:, None] & mask_m[None, :]
-    x = _history(trace_ptr, neuron, b, m, mask, B, M, length, column, seed_ptr, site, p_drop, dtype, DROP)
+    mask = mask_n[:, None, None] & mask_b[None, :, None] & mask_m[None, None, :]
+    x = _history(trace_ptr, n, b, m, mask, B, D)
+    if DROP:
+        x = x.to(tl.float32) * dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
+    x = x.to(dtype)
+    t2 = tl.load(t2_ptr)
     if DEEP:
-        mask_w = mask_m[:, None] & mask_o[None, :]
-        w = w1_ptr + neuron * M * 2 * H + m[:, None] * 2 * H + o[None, :]
         t1 = tl.load(t1_ptr)
-        value = tl.dot(x, tl.load(w, mask_w, 0.0), input_precision=PRECISION)
-        gate = tl.dot(x, tl.load(w + H, mask_w, 0.0), input_precision=PRECISION)
-        bias = b1_ptr + neuron * 2 * H + o
-        value = (value + tl.load(bias, mask_o, 0.0)[None, :]) / t1
-        gate = (gate + tl.load(bias + H, mask_o, 0.0)[None, :]) / t1
+        mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
+        w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
+        b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_n[:, None] & mask_o[None, :], H)
+        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
+        gate = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1
         g = value * tl.sigmoid(gate)
         if DROP:
-            g *= _hidden_scale(neuron, b, o, B, H, seed_ptr, site, p_drop)
+            g *= dropout_scale(seed_ptr, site + 1, _tile(n, b, o, B, H), p_drop)
         g = g.to(dtype).to(tl.float32)
-        w2 = w2_ptr + neuron * 2 * H
-        y0 = tl.sum(g * _column(w2, o, 0, mask_o)[None, :], axis=1)
-        y1 = tl.sum(g * _column(w2, o, 1, mask_o)[None, :], axis=1)
+        w20, w21 = _pair(w2_ptr, n, o, H, mask_n[:, None] & mask_o[None, :])
+        y0, y1 = _answer(g, w20, w21, b2_ptr, n, mask_n, t2)
     else:
-        w1 = w1_ptr + neuron * 2 * M
-        y0 = tl.sum(x.to(tl.float32) * _column(w1, m, 0, mask_m)[None, :], axis=1)
-        y1 = tl.sum(x.to(tl.float32) * _column(w1, m, 1, mask_m)[None, :], axis=1)
-    t2 = tl.load(t2_ptr)
-    y0 = (y0 + tl.load(b2_ptr + neuron * 2)) / t2
-    y1 = (y1 + tl.load(b2_ptr + neuron * 2 + 1)) / t2
+        w20, w21 = _pair(w2_ptr, n, m, M, mask_n[:, None] & mask_m[None, :])
+        y0, y1 = _answer(x.to(tl.float32), w20, w21, b2_ptr, n, mask_n, t2)
     z = y0 * tl.sigmoid(y1)
-    tl.store(z_ptr + b * D + neuron, z, mask_b)
+    mask_nb = mask_n[:, None] & mask_b[None, :]
+    tl.store(z_ptr + b[None, :] * D + n[:, None], z, mask_nb)
     if NEXT:
-        tl.store(x_ptr + b * stride_x + neuron, z.to(x_ptr.dtype.element_ty), mask_b)
+        tl.store(x_ptr + b[None, :] * stride_x + n[:, None], z.to(x_ptr.dtype.element_ty), mask_nb)
 
 
-@triton.jit(do_not_specialize=["site", "column", "B"])
+@triton.jit(do_not_specialize=["site", "B"])
 def neurons_backward(
     dz_ptr, trace_ptr, w1_ptr, b1_ptr, t1_ptr, w2_ptr, b2_ptr, t2_ptr, dtrace_ptr, seed_ptr, site, p_drop, B, D, M, H,
-    length, column, DEEP: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+    DEEP: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradient of the trace what this tick's activations ask of their M columns."""
-    neuron = tl.program_id(0).to(tl.int64)
+    """Adds to the gradient of the trace what this tick's activations ask of their M rows."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     m, o = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    mask_b, mask_m, mask_o = b < B, m < M, o < H
+    mask_n, mask_b, mask_m, mask_o = n < D, b < B, m < M, o < H
     dtype = w1_ptr.dtype.element_ty
-    mask = mask_b[:, None] & mask_m[None, :]
-    x = _history(trace_ptr, neuron, b, m, mask, B, M, length, column, seed_ptr, site, p_drop, dtype, DROP)
-    dz = tl.load(dz_ptr + b * D + neuron, mask_b, 0.0)
+    mask = mask_n[:, None, None] & mask_b[None, :, None] & mask_m[None, None, :]
+    x = _history(trace_ptr, n, b, m, mask, B, D)
+    if DROP:
+        x = x.to(tl.float32) * dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
+    x = x.to(dtype)
     t2 = tl.load(t2_ptr)
+    dz = tl.load(dz_ptr + b[None, :] * D + n[:, None], mask_n[:, None] & mask_b[None, :], 0.0)
     if DEEP:
-        mask_w = mask_m[:, None] & mask_o[None, :]
-        w = w1_ptr + neuron * M * 2 * H + m[:, None] * 2 * H + o[None, :]
-        w_value, w_gate = tl.load(w, mask_w, 0.0), tl.load(w + H, mask_w, 0.0)
         t1 = tl.load(t1_ptr)
-        bias = b1_ptr + neuron * 2 * H + o
-        value = (tl.dot(x, w_value, input_precision=PRECISION) + tl.load(bias, mask_o, 0.0)[None, :]) / t1
-        gate = (tl.dot(x, w_gate, input_precision=PRECISION) + tl.load(bias + H, mask_o, 0.0)[None, :]) / t1
-        gate = tl.sigmoid(gate)
+        mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
+        w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
+        b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_n[:, None] & mask_o[None, :], H)
+        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
+        gate = tl.sigmoid((tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1)
         g = value * gate
         keep = 1.0
         if DROP:
-            keep = _hidden_scale(neuron, b, o, B, H, seed_ptr, site, p_drop)
+            keep = dropout_scale(seed_ptr, site + 1, _tile(n, b, o, B, H), p_drop)
             g *= keep
         g = g.to(dtype).to(tl.float32)
-        w2 = w2_ptr + neuron * 2 * H
-        w20, w21 = _column(w2, o, 0, mask_o), _column(w2, o, 1, mask_o)
-        y0 = (tl.sum(g * w20[None, :], axis=1) + tl.load(b2_ptr + neuron * 2)) / t2
-        y1 = tl.sigmoid((tl.sum(g * w21[None, :], axis=1) + tl.load(b2_ptr + neuron * 2 + 1)) / t2)
+        w20, w21 = _pair(w2_ptr, n, o, H, mask_n[:, None] & mask_o[None, :])
+        y0, y1 = _answer(g, w20, w21, b2_ptr, n, mask_n, t2)
+        y1 = tl.sigmoid(y1)
         du0, du1 = dz * y1 / t2, dz * y0 * y1 * (1 - y1) / t2
-        dg = (du0[:, None] * w20[None, :] + du1[:, None] * w21[None, :]) * keep / t1
+        dg = (du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]) * keep / t1
         dvalue, dgate = dg * gate, dg * value * gate * (1 - gate)
-        dx = tl.dot(dvalue.to(dtype), tl.trans(w_value), input_precision=PRECISION)
-        dx += tl.dot(dgate.to(dtype), tl.trans(w_gate), input_precision=PRECISION)
+        dx = tl.dot(dvalue.to(dtype), tl.permute(w_value, (0, 2, 1)), input_precision=PRECISION)
+        dx += tl.dot(dgate.to(dtype), tl.permute(w_gate, (0, 2, 1)), input_precision=PRECISION)
     else:
-        w1 = w1_ptr + neuron * 2 * M
-        w10, w11 = _column(w1, m, 0, mask_m), _column(w1, m, 1, mask_m)
-        wide = x.to(tl.float32)
-        y0 = (tl.sum(wide * w10[None, :], axis=1) + tl.load(b2_ptr + neuron * 2)) / t2
-        y1 = tl.sigmoid((tl.sum(wide * w11[None, :], axis=1) + tl.load(b2_ptr + neuron * 2 + 1)) / t2)
+        w20, w21 = _pair(w2_ptr, n, m, M, mask_n[:, None] & mask_m[None, :])
+        y0, y1 = _answer(x.to(tl.float32), w20, w21, b2_ptr, n, mask_n, t2)
+        y1 = tl.sigmoid(y1)
         du0, du1 = dz * y1 / t2, dz * y0 * y1 * (1 - y1) / t2
-        dx = du0[:, None] * w10[None, :] + du1[:, None] * w11[None, :]
+        dx = du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]
     if DROP:
-        dx *= _history_scale(neuron, b, m, B, M, seed_ptr, site, p_drop)
-    place = dtrace_ptr + (neuron * B + b)[:, None] * length + column + m[None, :]
+        dx *= dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
+    place = dtrace_ptr + m[None, None, :] * (B * D) + b[None, :, None] * D + n[:, None, None]
     tl.store(place, tl.load(place, mask, 0.0) + dx, mask)
 
 
-@triton.jit(do_not_specialize=["site0", "sites", "T", "B"])
+@triton.jit(do_not_specialize=["site0", "sites", "T", "B", "ticks"])
 def neurons_weights(
     dz_ptr, trace_ptr, w1_ptr, b1_ptr, t1_ptr, w2_ptr, b2_ptr, t2_ptr, dw1_ptr, db1_ptr, dt1_ptr, dw2_ptr, db2_ptr,
-    dt2_ptr, seed_ptr, site0, sites, p_drop, T, B, D, M, H, length, DEEP: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    dt2_ptr, seed_ptr, site0, sites, p_drop, T, ticks, B, D, M, H, DEEP: tl.constexpr, DROP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one neuron's weights, over all ticks and samples."""
-    neuron = tl.program_id(0).to(tl.int64)
+    """All weight gradients of some neurons, over all samples and `ticks` of the ticks: one share of the sum."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.program_id(1)
     m, o = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    mask_m, mask_o = m < M, o < H
+    mask_n, mask_m, mask_o = n < D, m < M, o < H
+    mask_no = mask_n[:, None] & mask_o[None, :]
+    mask_nm = mask_n[:, None] & mask_m[None, :]
     dtype = w1_ptr.dtype.element_ty
-    t1, t2 = tl.load(t1_ptr), tl.load(t2_ptr)
-    b20, b21 = tl.load(b2_ptr + neuron * 2), tl.load(b2_ptr + neuron * 2 + 1)
-    dt1 = tl.zeros((BLOCK_B,), tl.float32)
-    dt2 = tl.zeros((BLOCK_B,), tl.float32)
-    db20 = tl.zeros((BLOCK_B,), tl.float32)
-    db21 = tl.zeros((BLOCK_B,), tl.float32)
-    mask_w = mask_m[:, None] & mask_o[None, :]
+    t2 = tl.load(t2_ptr)
+    dt1, dt2, db20, db21 = (
+        tl.zeros((BLOCK_N,), tl.float32),
+        tl.zeros((BLOCK_N,), tl.float32),
+        tl.zeros((BLOCK_N,), tl.float32),
+        tl.zeros((BLOCK_N,), tl.float32),
+    )
+    mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
     if DEEP:
-        w = w1_ptr + neuron * M * 2 * H + m[:, None] * 2 * H + o[None, :]
-        w_value, w_gate = tl.load(w, mask_w, 0.0), tl.load(w + H, mask_w, 0.0)
-        b_value = tl.load(b1_ptr + neuron * 2 * H + o, mask_o, 0.0)
-        b_gate = tl.load(b1_ptr + neuron * 2 * H + H + o, mask_o, 0.0)
-        w2 = w2_ptr + neuron * 2 * H
-        w20, w21 = _column(w2, o, 0, mask_o), _column(w2, o, 1, mask_o)
-        dw_value = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        dw_gate = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        db_value = tl.zeros((BLOCK_H,), tl.float32)
-        db_gate = tl.zeros((BLOCK_H,), tl.float32)
-        dw20 = tl.zeros((BLOCK_H,), tl.float32)
-        dw21 = tl.zeros((BLOCK_H,), tl.float32)
+        t1 = tl.load(t1_ptr)
+        w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
+        b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_no, H)
+        w20, w21 = _pair(w2_ptr, n, o, H, mask_no)
+        dw_value = tl.zeros((BLOCK_N, BLOCK_M, BLOCK_H), tl.float32)
+        dw_gate = tl.zeros((BLOCK_N, BLOCK_M, BLOCK_H), tl.float32)
+        db_value = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+        db_gate = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+        dw20 = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+        dw21 = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     else:
-        w1 = w1_ptr + neuron * 2 * M
-        w10, w11 = _column(w1, m, 0, mask_m), _column(w1, m, 1, mask_m)
-        dw10 = tl.zeros((BLOCK_M,), tl.float32)
-        dw11 = tl.zeros((BLOCK_M,), tl.float32)
-    for t in range(T):
+        w20, w21 = _pair(w2_ptr, n, m, M, mask_nm)
+        dw20 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        dw21 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(ticks):
+        t = share * ticks + k
+        site = site0 + t * sites
         for first in range(0, B, BLOCK_B):
             b = first + tl.arange(0, BLOCK_B)
-            mask_b = b < B
-            mask = mask_b[:, None] & mask_m[None, :]
-            site = site0 + t * sites
-            x = _history(trace_ptr, neuron, b, m, mask, B, M, length, t + 1, seed_ptr, site, p_drop, dtype, DROP)
-            dz = tl.load(dz_ptr + (b + t * B).to(tl.int64) * D + neuron, mask_b, 0.0)
+            mask_b = (b < B) & (b * 0 + t < T)
+            mask = mask_n[:, None, None] & mask_b[None, :, None] & mask_m[None, None, :]
+            window = trace_ptr + (n * 0 + t + 1)[:, None, None].to(tl.int64) * (B * D)
+            x = tl.load(window + m[None, None, :] * (B * D) + b[None, :, None] * D + n[:, None, None], mask, 0.0)
+            if DROP:
+                x = x.to(tl.float32) * dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
+            x = x.to(dtype)
+            row = (b + t * B).to(tl.int64) * D
+            dz = tl.load(dz_ptr + row[None, :] + n[:, None], mask_n[:, None] & mask_b[None, :], 0.0)
             if DEEP:
-                value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value[None, :]) / t1
-                raw = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate[None, :]) / t1
+                value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
+                raw = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1
                 gate = tl.sigmoid(raw)
                 g = value * gate
                 keep = 1.0
                 if DROP:
-                    keep = _hidden_scale(neuron, b, o, B, H, seed_ptr, site, p_drop)
+                    keep = dropout_scale(seed_ptr, site + 1, _tile(n, b, o, B, H), p_drop)
                     g *= keep
                 g = g.to(dtype).to(tl.float32)
-                y0 = (tl.sum(g * w20[None, :], axis=1) + b20) / t2
-                y1 = (tl.sum(g * w21[None, :], axis=1) + b21) / t2
             else:
-                wide = x.to(tl.float32)
-                y0 = (tl.sum(wide * w10[None, :], axis=1) + b20) / t2
-                y1 = (tl.sum(wide * w11[None, :], axis=1) + b21) / t2
+                g = x.to(tl.float32)
+            y0, y1 = _answer(g, w20, w21, b2_ptr, n, mask_n, t2)
             open_ = tl.sigmoid(y1)
             dy0, dy1 = dz * open_, dz * y0 * open_ * (1 - open_)
-            dt2 -= (dy0 * y0 + dy1 * y1) / t2
+            dt2 -= tl.sum(dy0 * y0 + dy1 * y1, axis=1) / t2
             du0, du1 = dy0 / t2, dy1 / t2
-            db20 += du0
-            db21 += du1
+            db20 += tl.sum(du0, axis=1)
+            db21 += tl.sum(du1, axis=1)
+            dw20 += tl.sum(g * du0[:, :, None], axis=1)
+            dw21 += tl.sum(g * du1[:, :, None], axis=1)
             if DEEP:
-                dw20 += tl.sum(g * du0[:, None], axis=0)
-                dw21 += tl.sum(g * du1[:, None], axis=0)
-                dg = (du0[:, None] * w20[None, :] + du1[:, None] * w21[None, :]) * keep
+                dg = (du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]) * keep
                 dvalue, dgate = dg * gate, dg * value * gate * (1 - gate)
-                dt1 -= tl.sum(dvalue * value + dgate * raw, axis=1) / t1
+                dt1 -= tl.sum(tl.sum(dvalue * value + dgate * raw, axis=2), axis=1) / t1
                 dvalue, dgate = dvalue / t1, dgate / t1
-                db_value += tl.sum(dvalue, axis=0)
-                db_gate += tl.sum(dgate, axis=0)
-                dw_value += tl.dot(tl.trans(x), dvalue.to(dtype), input_precision=PRECISION)
-                dw_gate += tl.dot(tl.trans(x), dgate.to(dtype), input_precision=PRECISION)
-            else:
-                dw10 += tl.sum(wide * du0[:, None], axis=0)
-                dw11 += tl.sum(wide * du1[:, None], axis=0)
-    tl.store(dt2_ptr + neuron, tl.sum(dt2, axis=0))
-    tl.store(db2_ptr + neuron * 2, tl.sum(db20, axis=0))
-    tl.store(db2_ptr + neuron * 2 + 1, tl.sum(db21, axis=0))
+                db_value += tl.sum(dvalue, axis=1)
+                db_gate += tl.sum(dgate, axis=1)
+                x_T = tl.permute(x, (0, 2, 1))
+                dw_value += tl.dot(x_T, dvalue.to(dtype), input_precision=PRECISION)
+                dw_gate += tl.dot(x_T, dgate.to(dtype), input_precision=PRECISION)
+    at = share * D + n
+    tl.store(dt2_ptr + at, dt2, mask_n)
+    tl.store(db2_ptr + at * 2, db20, mask_n)
+    tl.store(db2_ptr + at * 2 + 1, db21, mask_n)
     if DEEP:
-        dw = dw1_ptr + neuron * M * 2 * H + m[:, None] * 2 * H + o[None, :]
-        tl.store(dw, dw_value, mask_w)
-        tl.store(dw + H, dw_gate, mask_w)
-        tl.store(db1_ptr + neuron * 2 * H + o, db_value, mask_o)
-        tl.store(db1_ptr + neuron * 2 * H + H + o, db_gate, mask_o)
-        tl.store(dw2_ptr + neuron * 2 * H + o * 2, dw20, mask_o)
-        tl.store(dw2_ptr + neuron * 2 * H + o * 2 + 1, dw21, mask_o)
-        tl.store(dt1_ptr + neuron, tl.sum(dt1, axis=0))
+        place = dw1_ptr + at[:, None, None] * (M * 2 * H) + m[None, :, None] * (2 * H) + o[None, None, :]
+        tl.store(place, dw_value, mask_w)
+        tl.store(place + H, dw_gate, mask_w)
+        place = db1_ptr + at[:, None] * (2 * H) + o[None, :]
+        tl.store(place, db_value, mask_no)
+        tl.store(place + H, db_gate, mask_no)
+        place = dw2_ptr + (at[:, None] * H + o[None, :]) * 2
+        tl.store(place, dw20, mask_no)
+        tl.store(place + 1, dw21, mask_no)
+        tl.store(dt1_ptr + at, dt1, mask_n)
     else:
-        tl.store(dw1_ptr + neuron * 2 * M + m * 2, dw10, mask_m)
-        tl.store(dw1_ptr + neuron * 2 * M + m * 2 + 1, dw11, mask_m)
+        place = dw2_ptr + (at[:, None] * M + m[None, :]) * 2
+        tl.store(place, dw20, mask_nm)
+        tl.store(place + 1, dw21, mask_nm)

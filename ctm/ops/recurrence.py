@@ -41,30 +41,12 @@ class Spec:
     device: torch.device
     keep: bool
     """Whether there will be a backward pass."""
+    folded: bool
+    """Whether attention's output projection is part of the first synapse layer."""
+    names: tuple[str, ...]
+    """Of all tensors that go in: the state before the first tick, tokens and vectors, weights."""
     wanted: tuple[str, ...]
-    """Names of the tensors that want a gradient."""
-
-    @property
-    def folded(self) -> bool:
-        """Whether attention's output projection is part of the first synapse layer: no dropout stands between them,
-        and no tick reads a ready vector in its place."""
-        return all(read >= 0 for read in self.reads) and (bool(self.widths) or self.dropout == 0)
-
-    @property
-    def names(self) -> list[str]:
-        """Of all tensors that go in, in the order of `Recurrence.forward`'s arguments."""
-        names = ["z", "trace", "alpha", "beta"] if self.n_pairs else ["z", "trace"]
-        names += [f"{what}{i}" for i in range(len(self.tokens)) for what in ("keys", "values")]
-        names += [f"vector{i}" for i in range(-min(0, *self.reads))]
-        if self.n_pairs:
-            names += ["decay"]
-        if self.tokens:
-            names += ["wq", "bq"] + ([] if self.folded else ["wo", "bo"])
-        for layer in self.layers:
-            names += [f"{part}.{layer}" for part in ("w", "b", "gamma", "beta")]
-            names += [f"{part}.{layer}" for part in ("gamma2", "beta2") if layer.startswith("up")]
-        deep = ("n.w1", "n.b1", "n.t1") if self.hidden else ()
-        return [*names, *deep, "n.w2", "n.b2", "n.t2"]
+    """Of those that want a gradient."""
 
     @property
     def layers(self) -> list[str]:
@@ -76,7 +58,7 @@ class Spec:
 class Recurrence:
     """Buffers of one thought at a time, and the two loops over its ticks.
 
-    After `forward`: `z` (T + 1, B, D) with the start first, `trace` (D, B, M + T) with the memory first, `s` (T, B, R)
+    After `forward`: `z` (T + 1, B, D) with the start first, `trace` (M + T, B, D) with the memory first, `s` (T, B, R)
     action synchronization, `p` attention weights, `alpha` (B, R).
     """
 
@@ -88,7 +70,7 @@ class Recurrence:
         s = spec
         rows = s.ticks if s.keep else 1
         self.z = self.zeros(s.ticks + 1, s.batch, s.d_model)
-        self.trace = self.zeros(s.d_model, s.batch, s.memory + s.ticks)
+        self.trace = self.make_trace(s.memory + s.ticks)
         self.seed = torch.zeros(1, dtype=torch.int32, device=s.device)
         if s.n_pairs:
             self.alpha = self.zeros(s.batch, s.n_pairs)
@@ -114,6 +96,7 @@ class Recurrence:
         self.sites = 6 + 2 * len(widths)
         self.site = {name: 2 + i for i, name in enumerate(s.layers)}
         self.packed: dict[str, Tensor] = {}
+        self.taken: dict[str, tuple[Tensor, int]] = {}
         if s.keep:
             self.allocate_backward()
 
@@ -121,7 +104,7 @@ class Recurrence:
         s = self.spec
         self.dz = self.zeros(s.ticks + 1, s.batch, s.d_model)
         self.dz_out = self.zeros(s.ticks, s.batch, s.d_model)
-        self.dtrace = torch.zeros_like(self.trace)
+        self.dtrace = self.make_trace(s.memory + s.ticks, torch.float32)
         self.dx = torch.zeros_like(self.x)
         self.dy = {name: torch.zeros_like(y) for name, y in self.y.items()}
         self.dafter = {name: torch.zeros_like(x[0]) for name, x in self.after.items()}
@@ -139,6 +122,10 @@ class Recurrence:
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or torch.float32, device=self.spec.device)
+
+    def make_trace(self, length: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer (length, B, D) for pre-activations; how it lies in memory is the subclass's matter."""
+        return self.zeros(length, self.spec.batch, self.spec.d_model, dtype=dtype or self.spec.dtype)
 
     def pad(self, width: int) -> int:
         return -(-width // self.ALIGN) * self.ALIGN
@@ -159,29 +146,37 @@ class Recurrence:
 
     # ------------------------------------------------------------------------------------------------------- forward
     def pack(self, given: dict[str, Tensor]) -> None:
-        """Takes weights (and keys and values) in: once a thought, in the products' type, padded."""
+        """Takes weights, keys and values in, in the products' type, padded; without gradients, only what changed."""
+        into, values = [], []
         for name, value in given.items():
+            if not self.spec.keep:
+                mark = (value, value._version)
+                known = self.taken.get(name)
+                if known and known[0] is value and known[1] == value._version:
+                    continue
+                self.taken[name] = mark
             kind = name.split(".")[0]
-            if kind in ("w", "wq", "wo"):
-                if name not in self.packed:
-                    shape = [self.pad(n) if kind != "wo" else n for n in value.shape]
-                    if kind == "wq":
-                        shape[0] = value.shape[0]
-                    self.packed[name] = self.zeros(*shape, dtype=self.spec.dtype)
-                self.packed[name][: value.shape[0], : value.shape[1]].copy_(value)
-            else:
-                in_products = kind.startswith(("keys", "values")) or name in ("n.w1", "n.w2")
-                dtype = self.spec.dtype if in_products else torch.float32
-                if name not in self.packed:
-                    self.packed[name] = torch.empty(value.shape, dtype=dtype, device=value.device)
-                self.packed[name].copy_(value)
+            product = kind in ("w", "wq", "wo", "keys", "values") or name in ("n.w1", "n.w2")
+            product = product or kind.startswith(("keys", "values"))
+            if name not in self.packed:
+                shape = list(value.shape)
+                if kind == "w":
+                    shape = [self.pad(n) for n in shape]
+                elif kind == "wq":
+                    shape[1] = self.pad(shape[1])
+                self.packed[name] = self.zeros(*shape, dtype=self.spec.dtype if product else torch.float32)
+            place = self.packed[name]
+            into.append(place if place.shape == value.shape else place[: value.shape[0], : value.shape[1]])
+            values.append(value)
+        if into:
+            torch._foreach_copy_(into, values)
 
     def load(self, given: dict[str, Tensor]) -> None:
         """Takes the tensors of `Spec.names` in."""
         s = self.spec
         self.pack({name: value for name, value in given.items() if name not in ("z", "trace", "alpha")})
         self.z[0].copy_(given["z"])
-        self.trace[:, :, : s.memory].copy_(given["trace"].transpose(0, 1))
+        self.trace[: s.memory].copy_(given["trace"].permute(2, 0, 1))
         self.x[0, :, s.d_input : s.d_input + s.d_model].copy_(given["z"])
         if s.n_pairs:
             self.alpha.copy_(given["alpha"])
@@ -244,7 +239,7 @@ class Recurrence:
         self.dz[s.ticks].copy_(dz[-1])
         self.dtrace.zero_()
         if dtrace is not None:
-            self.dtrace[:, :, s.ticks :].copy_(dtrace.transpose(0, 1))
+            self.dtrace[s.ticks :].copy_(dtrace.permute(2, 0, 1))
         if s.n_pairs:
             self.dalpha.zero_() if dalpha is None else self.dalpha.copy_(dalpha)
 
@@ -291,7 +286,7 @@ class Recurrence:
         s, found = self.spec, {}
         wanted = set(s.wanted)
         found["z"] = self.dz[0]
-        found["trace"] = self.dtrace[:, :, : s.memory].transpose(0, 1)
+        found["trace"] = self.dtrace[: s.memory].permute(1, 2, 0)
         for layer, (n_out, n_in) in self.sizes.items():
             if f"w.{layer}" in wanted:
                 found[f"w.{layer}"] = self.weight_gradient(self.dy[layer], self.input_of(layer))[:n_out, :n_in]

@@ -17,6 +17,10 @@ class TorchRecurrence(Recurrence):
         self.saved: dict[tuple, tuple] = {}
         self.norms: dict[str, Tensor] = {}
 
+    def make_trace(self, length: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Neuron-major in memory, so that a window is a batch of matrices as it is."""
+        return self.zeros(self.spec.d_model, self.spec.batch, length).permute(2, 1, 0)
+
     def keep(self, key: tuple, *values: Tensor) -> None:
         if self.spec.keep:
             self.saved[key] = values
@@ -130,14 +134,14 @@ class TorchRecurrence(Recurrence):
         if i:
             self.after[layer][self.row(t)] = self.dropped((layer, t), u, self.spec.dropout)
         else:
-            self.trace[:, :, self.spec.memory + t] = u.T
+            self.trace[self.spec.memory + t] = u
 
     def up_backward(self, i: int, t: int) -> None:
         layer = f"up{i}"
         if i:
             du = self.undropped((layer, t), self.dafter[layer].float(), self.spec.dropout)
         else:
-            du = self.dtrace[:, :, self.spec.memory + t].T
+            du = self.dtrace[self.spec.memory + t]
         dh = self.norm_backward((layer, t, 2), du, layer, "2")
         self.dskip[f"down{i}"].copy_(dh)
         da = torch.ops.aten.silu_backward(dh, self.saved[layer, t][3])
@@ -145,10 +149,10 @@ class TorchRecurrence(Recurrence):
 
     def gated_norm(self, t: int) -> None:
         out = self.norm(("gated", t), F.glu(self.y["gated"][self.row(t)].float()), "gated")
-        self.trace[:, :, self.spec.memory + t] = out.T
+        self.trace[self.spec.memory + t] = out
 
     def gated_norm_backward(self, t: int) -> None:
-        dh = self.norm_backward(("gated", t), self.dtrace[:, :, self.spec.memory + t].T, "gated")
+        dh = self.norm_backward(("gated", t), self.dtrace[self.spec.memory + t], "gated")
         self.dy["gated"][t] = torch.ops.aten.glu_backward(dh, self.y["gated"][t].float(), -1)
 
     def drop(self, t: int, read: int) -> None:
@@ -168,7 +172,7 @@ class TorchRecurrence(Recurrence):
         return x, (torch.bmm(x, w).float() + b[:, None]) / temperature
 
     def history(self, t: int) -> Tensor:
-        return self.trace[:, :, t + 1 : t + 1 + self.spec.memory]
+        return self.trace[t + 1 : t + 1 + self.spec.memory].permute(2, 1, 0)
 
     def neurons(self, t: int) -> None:
         s, x = self.spec, self.history(t)
@@ -197,7 +201,7 @@ class TorchRecurrence(Recurrence):
         dx = self.layer_backward(2, self.dz[t + 1].T[..., None], t)
         if self.spec.hidden:
             dx = self.layer_backward(1, dx, t)
-        self.dtrace[:, :, t + 1 : t + 1 + self.spec.memory] += dx
+        self.dtrace[t + 1 : t + 1 + self.spec.memory].permute(2, 1, 0).add_(dx)
 
     def neuron_gradients(self) -> dict[str, Tensor]:
         return self.weights
@@ -208,7 +212,7 @@ class TorchRecurrence(Recurrence):
 
 
 def add_pairs_share(dz_BD: Tensor, dalpha_BR: Tensor, z_BD: Tensor, neighbours: "Neighbours") -> None:
-    """Adds to dz what the products of pairs ask: for each neuron the sum over its pairs of dalpha times the other's z."""
+    """Adds to dz what the pairs ask: for each neuron the sum over its pairs of dalpha times the other's z."""
     padded = F.pad(dalpha_BR, (0, 1))  # pair number -1, of neurons in fewer pairs than the others
     share = (padded[:, neighbours.pair] * z_BD[:, neighbours.other]).sum(-1)
     dz_BD[:, neighbours.active] += share

@@ -29,10 +29,14 @@ class TritonRecurrence(Recurrence):
         self.no_bias = self.zeros(1)
         full = torch.get_float32_matmul_precision() == "highest"
         self.precision = "ieee" if s.dtype == torch.float32 and full else "tf32"
-        self.block_b = min(64, block(s.batch))
-        shape = {"BLOCK_B": self.block_b, "BLOCK_M": block(s.memory), "BLOCK_H": block(s.hidden)}
-        flags = {"DEEP": s.hidden > 0, "DROP": s.nlm_dropout > 0, "PRECISION": self.precision}
-        self.neuron_options = shape | flags
+        narrow = s.dtype == torch.bfloat16
+        self.neuron_options = {
+            "BLOCK_N": 16 if narrow else 8, "BLOCK_B": 16, "BLOCK_M": block(s.memory), "BLOCK_H": block(s.hidden),
+            "DEEP": s.hidden > 0, "DROP": s.nlm_dropout > 0, "PRECISION": self.precision, "num_warps": 8 if narrow else 4,
+        }  # fmt: skip
+        rows = len(self.x)
+        self.stat = {name: self.zeros(rows, s.batch, 2) for name in s.layers}
+        self.stat2 = {name: self.zeros(rows, s.batch, 2) for name in s.layers if name.startswith("up")}
         # What the fresh memory held must not matter: padded columns stay zero, everything else is written first.
         if s.keep:
             for layer, y in self.y.items():
@@ -66,9 +70,9 @@ class TritonRecurrence(Recurrence):
         kernels.sync_step_backward[(s.batch,)](
             self.dsx, self.dx[t, :, s.d_input :], self.dz_out[t - 1] if t else self.nothing, self.z[t], self.s[t],
             self.s[t - 1] if t else self.alpha0, self.r, self.beta[t], self.beta[t - 1] if t else self.packed["beta"],
-            self.dalpha, self.dbeta, self.dr, self.dz[t], n.active, n.pair, n.other, len(n.active), s.d_model, s.n_pairs,
-            self.dsx.stride(0), self.dx.stride(1), FIRST=t == 0, END=t == s.ticks - 1, READS=reads, DEGREE=n.pair.shape[1], BLOCK=1024,
-            BLOCK_N=64, num_warps=8,
+            self.dalpha, self.dbeta, self.dr, self.dz[t], n.active, n.pair, n.other, len(n.active), s.d_model,
+            s.n_pairs, self.dsx.stride(0), self.dx.stride(1), FIRST=t == 0, END=t == s.ticks - 1, READS=reads,
+            DEGREE=n.pair.shape[1], BLOCK=1024, BLOCK_N=64, num_warps=8,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ attention
@@ -106,60 +110,67 @@ class TritonRecurrence(Recurrence):
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------- synapses
-    def norm_of(self, layer: str, *names: str) -> list[Tensor]:
-        return [self.packed[f"{name}.{layer}"] for name in names]
+    def layer(self, name: str, row: int) -> list[Tensor]:
+        """y of a synapse layer, its bias, its LayerNorm and that one's statistics."""
+        packed = (self.packed[f"{part}.{name}"] for part in ("b", "gamma", "beta"))
+        return [self.y[name][row], *packed, self.stat[name][row]]
+
+    def row_options(self, name: str) -> dict[str, int]:
+        width = self.spec.d_model if name == "gated" else self.sizes[name][0]
+        return {"BLOCK": block(width), "num_warps": warps(width)}
 
     def norm_silu(self, layer: str, t: int) -> None:
-        s, row = self.spec, self.row(t)
-        y, width = self.y[layer][row], self.sizes[layer][0]
+        s, row, width = self.spec, self.row(t), self.sizes[layer][0]
         kernels.norm_silu[(s.batch,)](
-            y, *self.norm_of(layer, "b", "gamma", "beta"), self.after[layer][row], self.seed, self.site_of(t, layer),
-            s.dropout, s.eps, width, y.stride(0), DROP=s.dropout > 0, BLOCK=block(width), num_warps=warps(width),
+            *self.layer(layer, row), self.after[layer][row], self.seed, self.site_of(t, layer), s.dropout, s.eps, width,
+            self.pad(width), DROP=s.dropout > 0, **self.row_options(layer),
         )  # fmt: skip
 
     def norm_silu_backward(self, layer: str, t: int) -> None:
-        s, y, width = self.spec, self.y[layer][t], self.sizes[layer][0]
+        s, width = self.spec, self.sizes[layer][0]
         kernels.norm_silu_backward[(s.batch,)](
-            self.dafter[layer], self.dskip.get(layer, self.no_bias), y, *self.norm_of(layer, "b", "gamma", "beta"),
-            self.dy[layer][t], getattr(self, f"dgamma.{layer}"), getattr(self, f"dbeta.{layer}"), self.seed,
-            self.site_of(t, layer), s.dropout, s.eps, width, y.stride(0), DROP=s.dropout > 0, SKIP=layer in self.dskip,
-            BLOCK=block(width), num_warps=warps(width),
+            self.dafter[layer], self.dskip.get(layer, self.no_bias), *self.layer(layer, t), self.dy[layer][t],
+            *self.shares(layer, "gamma", "beta"), self.seed, self.site_of(t, layer), s.dropout, width, self.pad(width),
+            DROP=s.dropout > 0, SKIP=layer in self.dskip, **self.row_options(layer),
         )  # fmt: skip
 
     def up(self, i: int, t: int) -> None:
-        s, layer, skip, row = self.spec, f"up{i}", f"down{i}", self.row(t)
-        y, width = self.y[layer][row], self.sizes[layer][0]
+        s, layer, row = self.spec, f"up{i}", self.row(t)
+        width = self.sizes[layer][0]
+        out = self.after[layer][row] if i else self.trace[s.memory + t]
         kernels.up[(s.batch,)](
-            y, *self.norm_of(layer, "b", "gamma", "beta"), self.y[skip][row], *self.norm_of(skip, "b", "gamma", "beta"),
-            *self.norm_of(layer, "gamma2", "beta2"), self.after[layer][row] if i else self.no_bias, self.trace, self.seed,
-            self.site_of(t, layer), s.dropout, s.eps, width, y.stride(0), s.batch, self.trace.shape[2], s.memory + t,
-            DROP=s.dropout > 0, LAST=i == 0, BLOCK=block(width), num_warps=warps(width),
+            *self.layer(layer, row), *self.layer(f"down{i}", row), self.packed[f"gamma2.{layer}"],
+            self.packed[f"beta2.{layer}"], self.stat2[layer][row], out, self.seed, self.site_of(t, layer), s.dropout, s.eps,
+            width, self.pad(width), out.stride(0), DROP=s.dropout > 0 and i > 0, **self.row_options(layer),
         )  # fmt: skip
 
     def up_backward(self, i: int, t: int) -> None:
         s, layer, skip = self.spec, f"up{i}", f"down{i}"
-        y, width = self.y[layer][t], self.sizes[layer][0]
-        shares = [getattr(self, f"d{name}.{layer}") for name in ("gamma", "beta", "gamma2", "beta2")]
+        width = self.sizes[layer][0]
+        dx = self.dafter[layer] if i else self.dtrace[s.memory + t]
         kernels.up_backward[(s.batch,)](
-            self.dafter[layer] if i else self.no_bias, self.dtrace, y, *self.norm_of(layer, "b", "gamma", "beta"),
-            self.y[skip][t], *self.norm_of(skip, "b", "gamma", "beta"), *self.norm_of(layer, "gamma2"), self.dy[layer][t],
-            self.dskip[skip], *shares, self.seed, self.site_of(t, layer), s.dropout, s.eps, width, y.stride(0), s.batch,
-            self.trace.shape[2], s.memory + t, DROP=s.dropout > 0, LAST=i == 0, BLOCK=block(width), num_warps=warps(width),
+            dx, *self.layer(layer, t), *self.layer(skip, t), self.packed[f"gamma2.{layer}"], self.stat2[layer][t],
+            self.dy[layer][t], self.dskip[skip], *self.shares(layer, "gamma", "beta", "gamma2", "beta2"), self.seed,
+            self.site_of(t, layer), s.dropout, width, self.pad(width), dx.stride(0), DROP=s.dropout > 0 and i > 0,
+            **self.row_options(layer),
         )  # fmt: skip
 
+    def shares(self, layer: str, *names: str) -> list[Tensor]:
+        return [getattr(self, f"d{name}.{layer}") for name in names]
+
     def gated_norm(self, t: int) -> None:
-        s, y = self.spec, self.y["gated"][self.row(t)]
+        s, row = self.spec, self.row(t)
         kernels.gated_norm[(s.batch,)](
-            y, *self.norm_of("gated", "b", "gamma", "beta"), self.trace, s.eps, s.d_model, y.stride(0), s.batch,
-            self.trace.shape[2], s.memory + t, BLOCK=block(s.d_model), num_warps=warps(s.d_model),
+            *self.layer("gated", row), self.trace[s.memory + t], s.eps, s.d_model, self.y["gated"].stride(1), s.d_model,
+            **self.row_options("gated"),
         )  # fmt: skip
 
     def gated_norm_backward(self, t: int) -> None:
-        s, y = self.spec, self.y["gated"][t]
+        s = self.spec
+        y, bias, gamma, _, stat = self.layer("gated", t)
         kernels.gated_norm_backward[(s.batch,)](
-            self.dtrace, y, *self.norm_of("gated", "b", "gamma"), self.dy["gated"][t],
-            *(getattr(self, f"d{name}.gated") for name in ("gamma", "beta")), s.eps, s.d_model, y.stride(0), s.batch,
-            self.trace.shape[2], s.memory + t, BLOCK=block(s.d_model), num_warps=warps(s.d_model),
+            self.dtrace[s.memory + t], y, bias, gamma, stat, self.dy["gated"][t], *self.shares("gated", "gamma", "beta"),
+            s.d_model, y.stride(0), s.d_model, **self.row_options("gated"),
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- neuron-level models
@@ -169,14 +180,17 @@ class TritonRecurrence(Recurrence):
         first = [self.packed[f"n.{name}1"] for name in ("w", "b", "t")] if self.spec.hidden else second
         return [*first, *second]
 
+    def neuron_grid(self) -> tuple[int, int]:
+        s, o = self.spec, self.neuron_options
+        return triton.cdiv(s.d_model, o["BLOCK_N"]), triton.cdiv(s.batch, o["BLOCK_B"])
+
     def neurons(self, t: int) -> None:
         s = self.spec
         following = t + 1 < s.ticks
         x = self.x[self.row(t + 1) if following else 0, :, s.d_input :]
-        kernels.neurons[(s.d_model, triton.cdiv(s.batch, self.block_b))](
-            self.trace, *self.neuron_weights, self.z[t + 1], x, self.seed, self.site_of(t, self.sites - 2), s.nlm_dropout,
-            s.batch, s.d_model, s.memory, s.hidden, self.trace.shape[2], t + 1, x.stride(0), NEXT=following, num_warps=4,
-            **self.neuron_options,
+        kernels.neurons[self.neuron_grid()](
+            self.trace[t + 1], *self.neuron_weights, self.z[t + 1], x, self.seed, self.site_of(t, self.sites - 2),
+            s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, x.stride(0), NEXT=following, **self.neuron_options,
         )  # fmt: skip
 
     def start_backward(self) -> None:
@@ -194,26 +208,29 @@ class TritonRecurrence(Recurrence):
 
     def neurons_backward(self, t: int) -> None:
         s = self.spec
-        kernels.neurons_backward[(s.d_model, triton.cdiv(s.batch, self.block_b))](
-            self.dz[t + 1], self.trace, *self.neuron_weights, self.dtrace, self.seed, self.site_of(t, self.sites - 2),
-            s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, self.trace.shape[2], t + 1, num_warps=4,
-            **self.neuron_options,
+        kernels.neurons_backward[self.neuron_grid()](
+            self.dz[t + 1], self.trace[t + 1], *self.neuron_weights, self.dtrace[t + 1], self.seed,
+            self.site_of(t, self.sites - 2), s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, **self.neuron_options,
         )  # fmt: skip
+
+    SHARES = 4
+    """Of the ticks, among which the weight gradients of a neuron are divided, so that all of a GPU has work."""
 
     def neuron_gradients(self) -> dict[str, Tensor]:
         s, weights = self.spec, self.neuron_weights
-        grads = [torch.empty_like(w, dtype=torch.float32) for w in weights]
-        per_neuron = [self.zeros(s.d_model) for _ in range(2)]  # of the temperatures
-        dw1, db1, _, dw2, db2, _ = grads
-        kernels.neurons_weights[(s.d_model,)](
-            self.dz[1:], self.trace, *weights, dw1, db1, per_neuron[0], dw2, db2, per_neuron[1], self.seed,
-            self.site_of(0, self.sites - 2), self.sites, s.nlm_dropout, s.ticks, s.batch, s.d_model, s.memory, s.hidden,
-            self.trace.shape[2], num_warps=4, **self.neuron_options,
+        ticks = -(-s.ticks // self.SHARES)
+        options = self.neuron_options | {"BLOCK_N": 8, "num_warps": 8}
+        found = {name: self.zeros(self.SHARES, *self.packed[name].shape) for name in self.packed if name[:2] == "n."}
+        for name in found:
+            if name.startswith("n.t"):
+                found[name] = self.zeros(self.SHARES, s.d_model)
+        second = [found[f"n.{name}2"] for name in ("w", "b", "t")]
+        first = [found[f"n.{name}1"] for name in ("w", "b", "t")] if s.hidden else second
+        kernels.neurons_weights[(triton.cdiv(s.d_model, 8), self.SHARES)](
+            self.dz[1:], self.trace, *weights, *first, *second, self.seed, self.site_of(0, self.sites - 2), self.sites,
+            s.nlm_dropout, s.ticks, ticks, s.batch, s.d_model, s.memory, s.hidden, **options,
         )  # fmt: skip
-        if not s.hidden:
-            return {"n.w2": dw1, "n.b2": db2, "n.t2": per_neuron[1].sum(0, keepdim=True)}
-        found = {"n.w1": dw1, "n.b1": db1, "n.t1": per_neuron[0].sum(0, keepdim=True)}
-        return found | {"n.w2": dw2, "n.b2": db2, "n.t2": per_neuron[1].sum(0, keepdim=True)}
+        return {name: value.sum().view(1) if name.startswith("n.t") else value.sum(0) for name, value in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,9 +24,15 @@ class Weights:
     """A model's weights, and the numbers that fix its dropout and norms."""
 
     tensors: dict[str, Tensor]
+    folded: bool
+    """Whether attention's output projection is part of the first synapse layer: two linear maps in a row are one."""
+    widths: tuple[int, ...]
+    """Of the synapse U-Net; empty for the gated layer."""
     dropout: float
     nlm_dropout: float
     eps: float
+    dtype: torch.dtype
+    """Of matrix products."""
 
 
 EFFECTIVE: dict[type, Callable[[nn.Module], tuple[Tensor, Tensor | None]]] = {
@@ -72,40 +78,44 @@ def known(part: nn.Module, *kinds: type) -> nn.Module:
     return part
 
 
-def collect(net: nn.Module, folded: Callable[[float], bool]) -> Weights:
+def collect(net: nn.Module, dtype: torch.dtype, only_tokens: bool, tokens: bool) -> Weights:
     """All weights of the recurrence of a `CTM`.
 
     Args:
-        folded: whether attention's output projection becomes part of the first synapse layer, given the dropout.
+        dtype: of matrix products.
+        only_tokens: whether every tick reads tokens. tokens: whether any does.
 
     Raises:
         Unsupported: where a part is not known.
     """
     c = net.config
-    if c.sync == "window" or c.synapse_blocks > 1:
-        raise Unsupported("the published reinforcement-learning parts")
     if c.nlm_layernorm:
         raise Unsupported("LayerNorm in the neuron-level models")
     refuse_hooks(net)
-    dropout, nlm_dropout = dropout_of([net.synapses, net.attention]), dropout_of([net.neurons])
+    inside = [net.synapses]
+    if type(net.synapses) is modules.SynapseUNet:
+        inside = [net.synapses.down, net.synapses.up]
+        if dropout_of([net.synapses.first]):
+            raise Unsupported("dropout before the first synapse layer")
+    dropout, nlm_dropout = dropout_of([*inside, net.attention]), dropout_of([net.neurons])
     found: dict[str, Tensor] = {}
-    tokens_read = net.attention is not None
-    if tokens_read:
+    if c.heads:
         known(net.attention, modules.CrossAttention)
         found["decay"] = known(net.sync_action, modules.DecayingSync).bounded_decay()
+    if tokens:
         (wq, bq), (wo, bo) = linear(net.attention.q_proj), linear(net.attention.out_proj)
         w, b = linear(net.query)  # two linear maps in a row are one
         found["wq"], found["bq"] = wq @ w, bq + wq @ b
-        found["wo"], found["bo"] = wo, bo
     eps = norms_into(found, net.synapses)
-    if tokens_read and folded(dropout):
-        first = "w.gated" if "w.gated" in found else "w.down0"
-        w = found[first]
-        wo, bo = found.pop("wo"), found.pop("bo")
+    folded = only_tokens and (c.synapse_depth > 1 or dropout == 0)
+    if folded:
+        first = "gated" if "w.gated" in found else "down0"
+        w = found[f"w.{first}"]
         read = w[:, : c.d_input]
-        found[first] = torch.cat([read @ wo, w[:, c.d_input :]], dim=1)
-        bias = first.replace("w.", "b.")
-        found[bias] = found[bias] + read @ bo
+        found[f"w.{first}"] = torch.cat([read @ wo, w[:, c.d_input :]], dim=1)
+        found[f"b.{first}"] = found[f"b.{first}"] + read @ bo
+    elif tokens:
+        found["wo"], found["bo"] = wo, bo
     layers = [known(net.neurons[i], modules.SuperLinear) for i in ((0, 2) if c.nlm_hidden else (0,))]
     known(net.neurons, modules.NeuronLevelModels)
     for number, layer in zip((1, 2) if c.nlm_hidden else (2,), layers, strict=True):
@@ -113,7 +123,9 @@ def collect(net: nn.Module, folded: Callable[[float], bool]) -> Weights:
             found[f"n.{name}{number}"] = value
     if any(value.dtype != torch.float32 for value in found.values()):
         raise Unsupported("weights that are not fp32")
-    return Weights(found, dropout, nlm_dropout, eps)
+    depth = c.synapse_depth if c.synapse_depth > 1 else 0
+    widths = tuple(len(found[f"b.down{i}"]) for i in range(depth))
+    return Weights(found, folded, widths, dropout, nlm_dropout, eps, dtype)
 
 
 def norms_into(found: dict[str, Tensor], synapses: nn.Module) -> float:

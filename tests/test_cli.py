@@ -108,6 +108,23 @@ def test_every_task_file_names_itself_and_builds(task, command, data_sets):
         assert line.model.task is line.datamodule
 
 
+@pytest.mark.parametrize("task", [task for task in TASKS if "/" not in task])
+def test_every_net_learns_from_and_answers_a_batch(task, command):
+    for net in nets(task):
+        model = command(f"task={task}", f"model.net={net}", "data.batch_size=3", kind=BuildOnly).model
+        *inputs, _ = batch = next(iter(model.task.train_dataloader()))
+        thought = model(*inputs)
+        model.task.loss(thought, batch, model.most_certain).backward()
+        without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+        assert not without, net
+        values = model.task.metrics(thought, batch, model.most_certain)
+        assert {model.task.headline, "ticks", "certainty", "certainty_by_tick"} <= values.keys()
+        ticks = thought.predictions.shape[1]
+        assert {tuple(value.shape) for value in values.values()} == {(3,), (3, ticks)}
+        if (difficulty := model.task.difficulty(batch)) is not None:
+            assert difficulty.shape == (3,) and not difficulty.is_floating_point()
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_is_read_and_beats_the_task_file(overlay, command):
     content = yaml.safe_load((ROOT / "configs" / "overlay" / f"{overlay}.yaml").read_text())

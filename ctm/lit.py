@@ -15,7 +15,7 @@ from ctm.encoders import Encoder
 from ctm.loss import gather_tick
 from ctm.model import CTM, CTMConfig, Thinker, Thought
 from tasks.base import Task
-from tasks.metrics import ByDifficulty, Calibration, answer_tick
+from tasks.metrics import CUMULATIVE, ByDifficulty, Calibration, answer_tick
 from tasks.optim import Optim, QuantileClip
 
 
@@ -190,7 +190,7 @@ class LitCTM(LightningModule):
                 self.log(
                     f"{split}/{name}", value.mean(), batch_size=len(value), sync_dist=split != "train", prog_bar=shown
                 )
-            elif split != "train":
+            elif split == "test" or (split == "val" and not name.endswith(CUMULATIVE)):
                 for tick, mean in enumerate(value.mean(0), start=1):
                     self.log(f"{split}/{name}/{tick:03}", mean, batch_size=len(value), sync_dist=True)
 

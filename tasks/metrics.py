@@ -12,6 +12,9 @@ from torchmetrics.classification import MulticlassCalibrationError
 from ctm.loss import gather_tick
 from ctm.model import Thought
 
+CUMULATIVE = ("_most_certain_by_tick", "_averaged_by_tick", "_weighted_by_tick")
+"""Ends of the names of `classification`'s curves of all ticks so far; only a test writes them."""
+
 
 def answer_tick(certainty_BT: Tensor, most_certain: bool) -> Tensor:
     """The tick (B,), from 0, whose prediction is the answer: the most certain one, or the last."""
@@ -80,8 +83,11 @@ class Calibration:
         own_BTPK = probabilities(thought, self.n_classes)
         for name, all_BTPK in (("calibration_error", own_BTPK), ("calibration_error_averaged", averaged(own_BTPK))):
             if name not in self.errors:
-                make, device = MulticlassCalibrationError, targets_BP.device
-                self.errors[name] = [make(self.n_classes, n_bins=15).to(device) for _ in range(all_BTPK.shape[1])]
+                errors = (
+                    MulticlassCalibrationError(self.n_classes, n_bins=15, validate_args=False)
+                    for _ in range(all_BTPK.shape[1])
+                )
+                self.errors[name] = [error.to(targets_BP.device) for error in errors]
             for error, all_BPK in zip(self.errors[name], all_BTPK.unbind(1), strict=True):
                 error.update(all_BPK.flatten(0, 1), targets_BP.flatten())
 

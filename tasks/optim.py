@@ -100,8 +100,8 @@ class QuantileClip:
         self.norms = self.norms.to(norm.device)
         self.norms[self.n % self.history] = norm
         self.n += 1
-        limit = self.norms[: self.n].quantile(self.quantile)
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        limit = self.norms[: self.n].quantile(self.quantile).clamp(min=1e-12)
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm / limit)  # of the limit, a number on the device
 
     def state_dict(self) -> dict:
         return {"norms": self.norms, "n": self.n}

@@ -233,7 +233,8 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     assert {p.name for p in whole.iterdir()} >= {"difficulty.csv", "media"}
     assert (whole / "media/test_accuracy.png").stat().st_size > 1000
     curves = (whole / "curves.csv").read_text()
-    assert "test/calibration_error_averaged_by_tick,4," in curves and "val/solved_averaged_by_tick,4," in curves
+    assert "test/calibration_error_averaged_by_tick,4," in curves and "test/solved_averaged_by_tick,4," in curves
+    assert "val/solved_by_tick,4," in curves and "val/solved_averaged_by_tick" not in curves
     printed = ok(train("test", "task=parity", "run=half", "ckpt_path=best", "early_exit=0.001"))
     assert "early exit: " in printed
     [run] = (tmp_path / "runs/parity").glob("*-test")

@@ -101,6 +101,8 @@ class FFConfig:
 
     d_model: int = 512
     """Width of the hidden layer."""
+    d_input: int | None = None
+    """Width of a token; null for the features of the encoder as they are."""
     pool: bool = False
     """True averages the tokens (as the published code), False sees all of them (as the paper's maze baseline)."""
     dropout: float = 0.0

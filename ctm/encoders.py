@@ -23,10 +23,12 @@ class Encoder(nn.Module):
     Attributes:
         config: the arguments that build it again, plain values.
         width: channels of what it gives.
+        answer_ticks: of a list of reads, at how many of the last ticks an answer is due; None for all ticks.
     """
 
     config: dict
     width: int
+    answer_ticks: int | None = None
 
     def n_tokens(self, *size: int) -> int:
         """S for inputs of this size."""
@@ -249,6 +251,8 @@ class Parity(MapEncoder):
 
     def __init__(self, d_input: int, position: SequencePosition = "rotational-1d"):
         super().__init__()
+        if not d_input:
+            raise ValueError("a sequence has no features without an embedding: give model.ff.d_input")
         self.config = {"position": position}
         self.embedding = nn.Embedding(2, d_input)
         self.finish(d_input, d_input, POSITIONS[position](d_input))
@@ -306,7 +310,10 @@ class QAMNIST(Encoder):
             "project_question": project_question,
             "channels": channels,
         }
-        self.width = d_input
+        for name, value in self.config.items():
+            if value < 1 and name.endswith("_ticks"):
+                raise ValueError(f"model.encoder.{name}={value} must be at least 1")
+        self.width, self.answer_ticks = d_input, answer_ticks
         self.digit = nn.Sequential()
         for n_in in (channels, d_input):
             self.digit.extend([nn.Conv2d(n_in, d_input, 3, padding=1), nn.BatchNorm2d(d_input), nn.ReLU()])

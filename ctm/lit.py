@@ -1,6 +1,7 @@
 """The LightningModule around a CTM or a baseline. What is learned is the task's matter, how it thinks the model's."""
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from ctm import checkpoint
 from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
+from ctm.early_exit import think_until
 from ctm.encoders import Encoder
 from ctm.loss import gather_tick
-from ctm.model import CTM, CTMConfig, Thinker
+from ctm.model import CTM, CTMConfig, Thinker, Thought
 from tasks.base import Task
-from tasks.optim import Optim
+from tasks.metrics import CUMULATIVE, ByDifficulty, Calibration, answer_tick
+from tasks.optim import Optim, QuantileClip
 
 
 class LitCTM(LightningModule):
@@ -27,6 +30,8 @@ class LitCTM(LightningModule):
         lstm: sizes of the LSTM baseline.
         ff: sizes of the feed-forward baseline.
         optim: learning rate and its schedule.
+        early_exit: certainty at which a sample stops thinking, from 0 to 1: the test then also reports what that costs
+            in accuracy and saves in ticks and time.
     """
 
     def __init__(
@@ -38,27 +43,46 @@ class LitCTM(LightningModule):
         lstm: LSTMConfig = LSTMConfig(),  # noqa: B008
         ff: FFConfig = FFConfig(),  # noqa: B008
         optim: Optim = Optim(),  # noqa: B008
+        early_exit: float | None = None,
     ):
         super().__init__()
-        self.task, self.optim = task, optim
+        self.task, self.optim, self.early_exit = task, optim, early_exit
         self.most_certain = not (net == "lstm" and task.lstm_answers_last)
+        if reason := task.refused.get(net):
+            raise ValueError(f"model.net={net}: {reason}")
+        width = {"ctm": ctm, "lstm": lstm, "ff": ff}[net].d_input
+        if task.vector_width not in (None, width):
+            raise ValueError(
+                f"model.{net}.d_input={width} must be {task.vector_width}, the width of what the task shows"
+            )
         if net == "ff":
-            tokens = encoder(None)
+            tokens = encoder(width)
             self.model = Thinker(
                 tokens, FeedForward(ff, task.out_dims, tokens.n_tokens(*task.sample_size), tokens.width)
             )
         elif net == "lstm":
-            self.model = Thinker(encoder(lstm.d_input), LSTM(lstm, task.out_dims))
+            self.model = Thinker(encoder(width, **task.lstm_encoder), LSTM(lstm, task.out_dims))
         else:
-            self.model = Thinker(encoder(ctm.d_input), CTM(ctm, task.out_dims))
+            self.model = Thinker(encoder(width), CTM(ctm, task.out_dims))
+        if early_exit is not None:
+            if not 0 <= early_exit <= 1:
+                raise ValueError(f"early_exit={early_exit} must be a certainty from 0 to 1")
+            if reason := "a feed-forward net has one tick" if net == "ff" else task.no_early_exit:
+                raise ValueError(f"early_exit={early_exit}: {reason}")
+        self.optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
+        self.clip = None if optim.clip_quantile is None else QuantileClip(optim.clip_quantile, optim.clip_history)
 
-    def forward(self, *inputs: Tensor):
-        return self.model(*inputs)
+    def forward(self, *inputs: Tensor) -> Thought:
+        """The thought, of its ticks those at which an answer is due."""
+        thought, ticks = self.model(*inputs), self.model.encoder.answer_ticks
+        if ticks is None:
+            return thought
+        return thought._replace(predictions=thought.predictions[:, -ticks:], certainty=thought.certainty[:, -ticks:])
 
     # ------------------------------------------------------------------------------------------------------ training
     def training_step(self, batch, batch_idx: int) -> Tensor:
         *inputs, _ = batch
-        thought = self.model(*inputs)
+        thought = self(*inputs)
         loss = self.task.loss(thought, batch, self.most_certain)
         self.log("train/loss", loss, prog_bar=True)
         if self._is_log_step():
@@ -69,7 +93,12 @@ class LitCTM(LightningModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> dict:
-        return self.optim.configure(p for p in self.parameters() if p.requires_grad)
+        return self.optim.configure(self.named_parameters())
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.clip:
+            self.clip(self.parameters())
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         if self._is_log_step():
@@ -86,45 +115,91 @@ class LitCTM(LightningModule):
     def validation_step(self, batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
+    def on_test_start(self) -> None:
+        self.by_difficulty, self.calibration = ByDifficulty(), Calibration(self.task.out_dims[1])
+        self.seconds = {}
+
     def test_step(self, batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        thought, values = self._evaluate("test", batch)
+        if (targets := self.task.targets(batch)) is not None:
+            self.calibration.update(thought, targets)
+        more = self.task.test_metrics(self.model, batch, self.most_certain) | self._exit_early(batch)
+        self._log_values("test", more)
+        if (difficulty := self.task.difficulty(batch)) is not None:
+            self.by_difficulty.update(difficulty, values | more)
+
+    def _exit_early(self, batch) -> dict[str, Tensor]:
+        """Thinks again, once to the end and once only until certain, against the clock."""
+        if self.early_exit is None:
+            return {}
+        *inputs, _ = batch
+
+        def timed(name: str, think: Callable):
+            began = self._clock()
+            thought = think()
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - began
+            return thought
+
+        timed("full_seconds", lambda: self(*inputs))
+        answer = timed(
+            "early_exit_seconds",
+            lambda: think_until(self.model, *inputs, threshold=self.early_exit, most_certain=self.most_certain),
+        )
+        values = self.task.metrics(Thought(answer.predictions[:, None], answer.certainty[:, None]), batch)
+        headline = self.task.headline
+        return {f"early_exit_{headline}": values[headline], "early_exit_ticks": answer.ticks.float()}
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_values("test", {name: value[None] for name, value in self.calibration.compute().items()})
+        self.difficulty_rows = self.by_difficulty.rows()
 
     def predict_step(self, batch, batch_idx: int) -> dict[str, Tensor]:
         """The answer of every sample: its logits (B, C), the tick it was given at (from 1) and the certainty."""
         *inputs, _ = batch
-        thought = self.model(*inputs)
-        certainty = thought.certainty
-        tick = (
-            certainty.argmax(1)
-            if self.most_certain
-            else torch.full_like(certainty[:, 0].long(), certainty.shape[1] - 1)
-        )
+        thought = self(*inputs)
+        tick = answer_tick(thought.certainty, self.most_certain)
         return {
             "predictions": gather_tick(thought.predictions, tick),
             "tick": tick + 1,
-            "certainty": gather_tick(certainty, tick),
+            "certainty": gather_tick(thought.certainty, tick),
         }
 
-    def _evaluate(self, split: str, batch) -> None:
+    def _evaluate(self, split: str, batch) -> tuple[Thought, dict[str, Tensor]]:
         *inputs, _ = batch
-        thought = self.model(*inputs)
+        thought = self(*inputs)
         self.log(
             f"{split}/loss", self.task.loss(thought, batch, self.most_certain), batch_size=len(batch[0]), sync_dist=True
         )
-        self._log_metrics(split, thought, batch)
+        return thought, self._log_metrics(split, thought, batch)
 
-    def _log_metrics(self, split: str, thought, batch) -> None:
+    def _log_metrics(self, split: str, thought: Thought, batch) -> dict[str, Tensor]:
+        values = self.task.metrics(thought, batch, self.most_certain)
+        self._log_values(split, values)
+        return values
+
+    def _log_values(self, split: str, values: dict[str, Tensor]) -> None:
         """Means over samples. Curves over ticks go to the callback that collects them, one value a tick."""
-        for name, values in self.task.metrics(thought, batch, self.most_certain).items():
-            if values.ndim == 1:
+        for name, value in values.items():
+            if value.ndim == 1:
                 shown = split == "train" and name in (self.task.headline, "ticks")
                 self.log(
-                    f"{split}/{name}", values.mean(), batch_size=len(values), sync_dist=split != "train", prog_bar=shown
+                    f"{split}/{name}", value.mean(), batch_size=len(value), sync_dist=split != "train", prog_bar=shown
                 )
-            elif split != "train":
-                for tick, value in enumerate(values.mean(0), start=1):
-                    self.log(f"{split}/{name}/{tick:03}", value, batch_size=len(values), sync_dist=True)
+            elif split == "test" or (split == "val" and not name.endswith(CUMULATIVE)):
+                for tick, mean in enumerate(value.mean(0), start=1):
+                    self.log(f"{split}/{name}/{tick:03}", mean, batch_size=len(value), sync_dist=True)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, content: dict) -> None:
         content["ctm"] = checkpoint.describe(self.model)
+        if self.clip:
+            content["clip"] = self.clip.state_dict()
+
+    def on_load_checkpoint(self, content: dict) -> None:
+        if self.clip and "clip" in content:
+            self.clip.load_state_dict(content["clip"])

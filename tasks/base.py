@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ctm.loss import classification_loss
 from ctm.model import Thought
+from tasks.metrics import classification
 
 
 class Positions:
@@ -29,8 +32,23 @@ class Positions:
             yield range(first, first + self.batch_size)
 
 
+class Shuffled:
+    """An endless stream over n things: every pass takes each once, in an order of its own."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self.order: tuple[int, np.ndarray] | None = None
+
+    def __call__(self, position: int) -> int:
+        """Which of the n stands at this position of the stream."""
+        turn, place = divmod(position, self.n)
+        if self.order is None or self.order[0] != turn:
+            self.order = turn, np.random.default_rng((self.seed, turn)).permutation(self.n)
+        return int(self.order[1][place])
+
+
 class Task(LightningDataModule):
-    """Base of all tasks. A subclass gives `datasets`, `loss`, `metrics` and what else it overrides.
+    """Base of all tasks. A subclass gives `dataset` and what else it overrides.
 
     Args:
         batch_size: training samples of a step, per process.
@@ -41,38 +59,60 @@ class Task(LightningDataModule):
         headline: the metric that people ask for; the best checkpoint is the one with its highest validation value.
         out_dims: (positions, classes) of a prediction.
         sample_size: what `Encoder.n_tokens` takes.
+        vector_width: width of the ready vectors that a model reads; None where it attends to tokens.
         lstm_answers_last: whether an LSTM answers (and learns) at its last tick instead of its most certain one.
+        lstm_encoder: arguments of the encoder that are others for the LSTM, as published.
+        refused: nets that cannot do the task, each with a sentence that says why.
+        no_early_exit: None, or a sentence that says why thinking cannot end at a tick of its own choice.
     """
 
     headline: str = "accuracy"
     out_dims: tuple[int, int]
     sample_size: tuple[int, ...]
+    vector_width: int | None = None
     lstm_answers_last: bool = False
+    lstm_encoder: dict = {}
+    refused: dict[str, str] = {}
+    no_early_exit: str | None = None
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name}={value} must be at least {least}")
+        self.at_least(batch_size=(batch_size, 1), eval_batch_size=(eval_batch_size, 1), num_workers=(num_workers, 0))
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed = torch.initial_seed() % 2**31  # what seed_everything set: the training stream follows it
+
+    @staticmethod
+    def at_least(**arguments: tuple[float, float]) -> None:
+        """Refuses an argument, given with its least value, that is below it."""
+        for name, (value, least) in arguments.items():
+            if value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}")
 
     # ------------------------------------------------------------------------------------------ what a subclass gives
     def dataset(self, split: str) -> Dataset:
         """`train`: samples by stream position, endless. `val`, `test`: fixed sets with a length."""
         raise NotImplementedError
 
+    def targets(self, batch) -> Tensor | None:
+        """The right classes, (B, P); None where the task is not to name the class of every position."""
+        target = batch[-1]
+        return target[:, None] if target.ndim == 1 else target
+
     def loss(self, thought: Thought, batch, most_certain: bool = True) -> Tensor:
         """The scalar that training minimises."""
-        raise NotImplementedError
+        return classification_loss(thought.predictions, thought.certainty, self.targets(batch), most_certain)
 
     def metrics(self, thought: Thought, batch, most_certain: bool = True) -> dict[str, Tensor]:
         """Values of every sample: (B,) each, or (B, T) for a curve over ticks."""
-        raise NotImplementedError
+        return classification(thought, self.targets(batch), self.out_dims[1], most_certain)
+
+    def test_metrics(self, model: nn.Module, batch, most_certain: bool) -> dict[str, Tensor]:
+        """More values (B,) of every test sample, for which the model has to think again."""
+        return {}
+
+    def difficulty(self, batch) -> Tensor | None:
+        """How hard every sample is (B,), whole numbers: test metrics are written by it, too."""
+        return None
 
     def describe(self) -> str:
         """One line about the data, printed when a run starts."""
@@ -96,11 +136,12 @@ class Task(LightningDataModule):
             generator=torch.Generator(),  # its own, so that making the loader draws nothing from the model's
         )
 
-    def _eval_dataloader(self, split: str) -> DataLoader:
+    def _eval_dataloader(self, split: str, **options) -> DataLoader:
+        """`options` of the loader, instead of batches of neighbours that the main process makes."""
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
-        return DataLoader(share, batch_size=self.eval_batch_size, generator=torch.Generator())
+        return DataLoader(share, **{"batch_size": self.eval_batch_size, "generator": torch.Generator()} | options)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

@@ -44,6 +44,8 @@ from tasks.run import (
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RUNS = Path("runs")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SHORT = {"early_exit": "model.early_exit"}
+"""Keys that may be written without their section."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ def spell(words: list[str]) -> list[str]:
     while words:
         word = words.pop(0)
         key, equals, value = word.lstrip("-").partition("=")
+        key = SHORT.get(key, key)
         if word.startswith("-") and not equals and words and not re.match(r"--|[\w.+]+=", words[0]) and key != "help":
             value, equals = words.pop(0), "="
         if not word.startswith("-") and not equals:

@@ -93,3 +93,26 @@ def maze_gif(task, model: nn.Module, path: Path, side: int = 330, among: int = 1
         draw.text((2 * margin + left.width, 9), "attention, mean of heads", fill=GREY, font=font)
         frames.append(frame)
     return write_gif(frames, path)
+
+
+@torch.no_grad()
+def accuracy_map(task, model: nn.Module, path: Path, positions: str) -> Path:
+    """How often each position of the answer is right at each tick, over the first test samples."""
+    from matplotlib.figure import Figure
+
+    device = next(model.parameters()).device
+    *inputs, _ = batch = [part.to(device) for part in next(iter(task.test_dataloader()))]
+    was_training = model.training
+    model.eval()
+    thought = model(*inputs)
+    model.train(was_training)
+    answers_BTP = rearrange(thought.predictions, "b t (p k) -> b t p k", k=task.out_dims[1]).argmax(-1)
+    right_PT = (answers_BTP == task.targets(batch)[:, None]).float().mean(0).T.cpu()
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    extent = (0.5, right_PT.shape[1] + 0.5, 0.5, right_PT.shape[0] + 0.5)
+    image = axes.imshow(right_PT, aspect="auto", origin="lower", extent=extent, cmap="viridis", vmin=0.5, vmax=1)
+    axes.set(xlabel="tick", ylabel=positions)
+    figure.colorbar(image, label="share right")
+    figure.savefig(path, dpi=120)
+    return path

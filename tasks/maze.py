@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.utils.data import Dataset
 
 from ctm.loss import gather_tick, route_loss
 from ctm.model import Thought
-from tasks.base import Task
+from tasks.base import Shuffled, Task
 from tasks.mazegen import ALGORITHMS, DOWN, LEFT, MOVES, RIGHT, UP, WAIT, Maze, layout_hash, make_maze
+from tasks.metrics import answer_tick, classification
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, n, n) and routes (B, P)."""
@@ -148,40 +150,57 @@ class FolderMazes(MazeSet):
     def __init__(self, task: "MazeTask", split: str, paths: list[Path]):
         super().__init__(task, split, None if split == "train" else len(paths))
         self.paths = paths
-        self.shuffled: tuple[int, np.ndarray] | None = None
+        self.shuffled = Shuffled(len(paths), task.seed)
 
     def get(self, position: int) -> Maze:
-        turn, place = divmod(position, len(self.paths))
-        if self.split == "train":
-            if self.shuffled is None or self.shuffled[0] != turn:
-                self.shuffled = turn, np.random.default_rng((self.task.seed, turn)).permutation(len(self.paths))
-            place = self.shuffled[1][place]
-        return read_png(self.paths[place])
+        return read_png(self.paths[self.shuffled(position) if self.split == "train" else position])
 
 
-def reached(walls: Tensor, start: Tensor, goal: Tensor, moves: Tensor) -> Tensor:
-    """Whether routes, walked move by move, come to the goal without leaving the grid or touching a wall before.
+def walk(walls: Tensor, start: Tensor, moves: Tensor, tolerance: int = 0) -> Tensor:
+    """Routes, walked move by move. A move off the grid or into a wall is left out; after more than `tolerance` of them
+    nothing moves any more.
 
     Args:
         walls: (B, n, n) bool.
-        start, goal: (B,) flat places.
+        start: (B,) flat places.
         moves: (B, P) move codes.
 
     Returns:
-        (B,) bool.
+        Flat places after every move, (B, P).
     """
     n = walls.shape[-1]
     step = torch.tensor(MOVES, device=walls.device)
     row, column = start // n, start % n
-    there = torch.zeros_like(start, dtype=torch.bool)
-    alive = ~there
+    hits, places = torch.zeros_like(start), []
     for move in moves.T:
-        row, column = row + step[move, 0], column + step[move, 1]
-        alive &= (row >= 0) & (row < n) & (column >= 0) & (column < n)
-        place = row.clamp(0, n - 1) * n + column.clamp(0, n - 1)
-        alive &= ~walls.flatten(1).gather(1, place[:, None]).squeeze(1)
-        there |= alive & (place == goal)
-    return there
+        to_row, to_column = row + step[move, 0], column + step[move, 1]
+        inside = (to_row >= 0) & (to_row < n) & (to_column >= 0) & (to_column < n)
+        place = to_row.clamp(0, n - 1) * n + to_column.clamp(0, n - 1)
+        free = inside & ~walls.flatten(1).gather(1, place[:, None]).squeeze(1)
+        hits = hits + ~free
+        go = free & (hits <= tolerance)
+        row, column = torch.where(go, to_row, row), torch.where(go, to_column, column)
+        places.append(row * n + column)
+    return torch.stack(places, dim=1)
+
+
+def distance(walls: Tensor, start: Tensor, goal: Tensor) -> Tensor:
+    """Length of the shortest route, by a flood from the start: walls (B, n, n) and flat places (B,) -> (B,)."""
+    n = walls.shape[-1]
+    wet = F.one_hot(start, n * n).view_as(walls).bool()
+    steps = torch.zeros_like(start)
+    for _ in range(n * n):
+        dry = ~wet.flatten(1).gather(1, goal[:, None]).squeeze(1)
+        if not dry.any():
+            break
+        steps += dry
+        spread = wet.clone()
+        spread[:, 1:] |= wet[:, :-1]
+        spread[:, :-1] |= wet[:, 1:]
+        spread[:, :, 1:] |= wet[:, :, :-1]
+        spread[:, :, :-1] |= wet[:, :, 1:]
+        wet = spread & ~walls
+    return steps
 
 
 class MazeTask(Task):
@@ -198,6 +217,8 @@ class MazeTask(Task):
         n_test: test mazes, where they are made.
         root: folder of PNG mazes in the published format (`train/` and `test/` under it) to use instead; layouts of
             its training part whose hash says so are kept for validation, and none of its test part is trained on.
+        reapply: how many times, at most, the model is asked about a test maze, each time with the start where its last
+            route ended, so that it can go farther than one route; 0 for no such test.
         batch_size: training mazes of a step, per process.
         eval_batch_size: the same in validation and test.
         num_workers: processes that make training mazes; 0 makes them in the main process.
@@ -217,6 +238,7 @@ class MazeTask(Task):
         n_val: int = 1000,
         n_test: int = 1000,
         root: str | None = None,
+        reapply: int = 0,
         batch_size: int = 64,
         eval_batch_size: int = 250,
         num_workers: int = 0,
@@ -226,17 +248,11 @@ class MazeTask(Task):
             raise ValueError(f"data.size={size}: the side of a maze is odd and at least 9; take {max(9, size + 1)}")
         if algorithm not in ALGORITHMS:
             raise ValueError(f"data.algorithm={algorithm!r}: there are {', '.join(ALGORITHMS)}")
-        for name, value in {
-            "route_length": route_length,
-            "lookahead": lookahead,
-            "n_val": n_val,
-            "n_test": n_test,
-        }.items():
-            if value < 1:
-                raise ValueError(f"data.{name}={value} must be at least 1")
+        self.at_least(route_length=(route_length, 1), lookahead=(lookahead, 1), n_val=(n_val, 1), n_test=(n_test, 1))
+        self.at_least(reapply=(reapply, 0))
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
         self.augment, self.expand_range, self.n_val, self.n_test = augment, expand_range, n_val, n_test
-        self.root = Path(root).expanduser() if root else None
+        self.root, self.reapply = Path(root).expanduser() if root else None, reapply
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
         self.sets: dict[str, MazeSet] = {}
         if self.root:
@@ -286,20 +302,48 @@ class MazeTask(Task):
         images, routes = batch
         walls, start, goal = self.read_image(images)
         moves_BTP = rearrange(thought.predictions, "b t (p k) -> b t p k", k=5).argmax(-1)
-        right_BTP = moves_BTP == routes[:, None]
-        ticks = thought.certainty.shape[1]
-        tick_B = thought.certainty.argmax(1) if most_certain else torch.full_like(start, ticks - 1)
-        right_BP = gather_tick(right_BTP, tick_B)
+        tick_B = answer_tick(thought.certainty, most_certain)
+        values = classification(thought, routes, 5, most_certain)
         return {
-            "reached": reached(walls, start, goal, gather_tick(moves_BTP, tick_B)).float(),
-            "solved": right_BP.all(1).float(),
-            "step_accuracy": right_BP.float().mean(1),
-            "ticks": tick_B.float() + 1,
-            "certainty": gather_tick(thought.certainty, tick_B),
-            "solved_by_tick": right_BTP.all(2).float(),
-            "step_accuracy_by_tick": right_BTP.float().mean(2),
-            "certainty_by_tick": thought.certainty,
+            "reached": (walk(walls, start, gather_tick(moves_BTP, tick_B)) == goal[:, None]).any(1).float(),
+            **{name.replace("accuracy", "step_accuracy"): value for name, value in values.items()},
         }
+
+    @torch.no_grad()
+    def test_metrics(self, model: nn.Module, batch: Batch, most_certain: bool) -> dict[str, Tensor]:
+        """Re-application, as published: follow the route, leaving out up to two moves into walls; start again from the
+        last place on it that was no start before; until the goal is passed."""
+        if not self.reapply:
+            return {}
+        images, device = batch[0].clone(), batch[0].device
+        walls, place, goal = self.read_image(images)
+        high, low = 1.0, -1.0 if self.expand_range else 0.0
+        reached, times = torch.zeros_like(place, dtype=torch.bool), torch.zeros_like(place)
+        was_start = F.one_hot(place, walls[0].numel()).bool()
+        going = torch.arange(len(images), device=device)
+        for _ in range(self.reapply):
+            thought = model(images[going])
+            answer = gather_tick(thought.predictions, answer_tick(thought.certainty, most_certain))
+            moves = rearrange(answer, "b (p k) -> b p k", k=5).argmax(-1)
+            places = walk(walls[going], place[going], moves, tolerance=2)
+            times[going] += 1
+            arrived = (places == goal[going, None]).any(1)
+            reached[going] = arrived
+            new = ~was_start[going].gather(1, places)
+            last = (new * torch.arange(1, new.shape[1] + 1, device=device)).argmax(1)
+            onward = ~arrived & new.any(1)
+            going, end = going[onward], gather_tick(places, last)[onward]
+            if len(going) == 0:
+                break
+            pixels = images.flatten(2)
+            pixels[going, :, place[going]] = high  # the old start is free floor now, the new one red
+            pixels[going, :, end] = images.new_tensor([high, low, low])
+            place[going], was_start[going, end] = end, True
+        return {"reapply_reached": reached.float(), "reapplications": times.float()}
+
+    def difficulty(self, batch: Batch) -> Tensor:
+        """Moves from start to goal, rounded down to tens."""
+        return distance(*self.read_image(batch[0])) // 10 * 10
 
     def read_image(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Walls (B, n, n) bool, start and goal (B,) as flat places."""

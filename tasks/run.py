@@ -1,7 +1,7 @@
 """Logging and callbacks of every run: what is written to its folder, when it is saved, how it stops.
 
     runs/<task>/<name>/   config.yaml   checkpoints/{last,best}.ckpt   metrics.csv   curves.csv   test.json
-                          media/   wandb/
+                          difficulty.csv   media/   wandb/
 
 Everything in metrics.csv and curves.csv follows from the configuration alone: two equal runs have equal files, a
 resumed run those of an uninterrupted one. What depends on the machine (speed) goes to the progress bar and to W&B.
@@ -411,12 +411,15 @@ class Report(Callback):
 
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
-        write_aside(
-            self.folder / "test.json",
-            lambda aside: aside.write_text(
-                json.dumps({"n": n, "checkpoint": str(trainer.ckpt_path), **metrics}, indent=2)
-            ),
-        )
+        seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
+        content = {"n": n, "checkpoint": str(trainer.ckpt_path), **metrics, **seconds}
+        write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
+        if rows := getattr(pl_module, "difficulty_rows", []):
+            text = StringIO()
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
         media = self.folder / "media"
         media.mkdir(exist_ok=True)
         for path in trainer.datamodule.figures(pl_module.model, media):
@@ -426,6 +429,8 @@ class Report(Callback):
             say(f"picture: {path}")
         headline = trainer.datamodule.headline
         say(f"test: {summary(trainer, 'test')}")
+        if seconds:
+            say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
         say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
 
 

@@ -1,13 +1,18 @@
 """The command line: both forms, every file, precedence, and errors that a person can act on."""
 
+import importlib
+import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from torchvision import datasets
 
-from tasks import cli
+from tasks import cli, image
 from tasks.repeat import interval
 from tasks.run import UserError
 
@@ -54,18 +59,70 @@ def test_the_papers_maze_baselines_have_the_sizes_it_prints(overlay, millions, c
     assert sum(p.numel() for p in line.model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+def nets(task: str) -> list[str]:
+    """The nets that a task file has to configure: all that its task does not refuse."""
+    module, _, name = yaml.safe_load((ROOT / "configs" / f"{task}.yaml").read_text())["data"]["class_path"].rpartition(
+        "."
+    )
+    refused = getattr(importlib.import_module(module), name).refused
+    return [net for net in ("ctm", "lstm", "ff") if net not in refused]
+
+
 def resolved(line) -> dict:
     config = yaml.safe_load(line._parser(line.subcommand).dump(line.config[line.subcommand], skip_none=False))
     config.pop("config", None)
     return config
 
 
+@pytest.fixture
+def data_sets(monkeypatch):
+    """Stands for the image sets that are not on this disk: one image of every class."""
+
+    class Published:
+        def __init__(self, root, train, download=False):
+            n = self.n
+            self.data, self.targets = np.zeros((100 * n, 32, 32), np.uint8), np.arange(100 * n) % n
+            self.classes = list(map(str, range(n)))
+
+    class Folder:
+        classes = list(map(str, range(1000)))
+
+        def __init__(self, root):
+            self.samples = [(f"{i}.jpg", i % 1000) for i in range(100_000)]
+
+    kinds = {
+        name: type(name, (Published,), {"n": n}) for name, n in (("mnist", 10), ("cifar10", 10), ("cifar100", 100))
+    }
+    monkeypatch.setattr(image, "PUBLISHED", kinds)
+    monkeypatch.setattr(datasets, "MNIST", kinds["mnist"])
+    monkeypatch.setattr(datasets, "ImageFolder", Folder)
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("train", "val") or os.path.isdir(path))
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_file_names_itself_and_builds(task, command):
-    for net in ("ctm", "lstm", "ff"):
-        line = command(f"task={task}", f"model.net={net}", kind=BuildOnly)
+def test_every_task_file_names_itself_and_builds(task, command, data_sets):
+    for net in nets(task):
+        with torch.device("meta"):
+            line = command(f"task={task}", f"model.net={net}", kind=BuildOnly)
         assert resolved(line)["task"] == task
         assert line.model.task is line.datamodule
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if "/" not in task])
+def test_every_net_learns_from_and_answers_a_batch(task, command):
+    for net in nets(task):
+        model = command(f"task={task}", f"model.net={net}", "data.batch_size=3", kind=BuildOnly).model
+        *inputs, _ = batch = next(iter(model.task.train_dataloader()))
+        thought = model(*inputs)
+        model.task.loss(thought, batch, model.most_certain).backward()
+        without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+        assert not without, net
+        values = model.task.metrics(thought, batch, model.most_certain)
+        assert {model.task.headline, "ticks", "certainty", "certainty_by_tick"} <= values.keys()
+        ticks = thought.predictions.shape[1]
+        assert {tuple(value.shape) for value in values.values()} == {(3,), (3, ticks)}
+        if (difficulty := model.task.difficulty(batch)) is not None:
+            assert difficulty.shape == (3,) and not difficulty.is_floating_point()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -100,17 +157,36 @@ def test_the_published_maze_run(command):
     config = resolved(line)
     optim, data = config["model"]["init_args"]["optim"], config["data"]["init_args"]
     published = {"lr": 1e-4, "warmup": 10_000, "steps": 1_000_000, "final_lr": 1e-7, "weight_decay": 0.0}
-    assert optim == published | {"beta2": 0.999, "eps": 1e-8}
+    assert optim == published | {
+        "beta2": 0.999, "eps": 1e-8, "no_decay": [], "clip_quantile": None, "clip_history": 1000
+    }  # fmt: skip
     assert (data["size"], data["route_length"], data["batch_size"], data["lookahead"]) == (39, 100, 64, 5)
     assert data["augment"] and not data["expand_range"] and data["algorithm"] == "depth_first"
     assert config["trainer"]["max_steps"] == 1_000_000 and config["trainer"]["gradient_clip_val"] is None
 
 
+@pytest.mark.parametrize(
+    ("task", "n"),
+    [
+        ("parity/paper", 5_719_714),
+        ("sort/paper", 897_197),
+        ("qamnist/paper", 3_413_772),
+        ("image/cifar10", 1_032_648),
+        ("image/imagenet", 185_989_886),
+    ],
+)
+def test_published_models_have_the_published_number_of_parameters(task, n, command, data_sets):
+    with torch.device("meta"):
+        line = command(f"task={task}", kind=BuildOnly)
+    assert sum(p.numel() for p in line.model.model.parameters()) == n
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_the_three_nets_have_about_the_same_parameters(task, command):
+def test_the_nets_have_about_the_same_parameters(task, command, data_sets):
     sizes = []
-    for net in ("ctm", "lstm", "ff"):
-        model = command(f"task={task}", f"model.net={net}", kind=BuildOnly).model
+    for net in nets(task):
+        with torch.device("meta"):
+            model = command(f"task={task}", f"model.net={net}", kind=BuildOnly).model
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert max(sizes) / min(sizes) < 1.02, sizes
 
@@ -130,6 +206,17 @@ def test_the_three_nets_have_about_the_same_parameters(task, command):
         (["task=maze", "data.size=10"], "data.size=10: the side of a maze is odd"),
         (["task=maze", "model.ctm.heads=3"], "d_input=64 must be a multiple of heads=3"),
         (["task=maze", "model.encoder.depth=19"], "model.encoder.depth=19: expected one of 18, 34, 50, 101, 152"),
+        (["task=sort", "model.net=ff"], "model.net=ff: sorting is said one number a tick"),
+        (["task=qamnist", "model.net=ff"], "model.net=ff: digits and question come one after the other"),
+        (["task=sort", "data.n=10"], "model.ctm.d_input=8 must be 10"),
+        (["task=maze", "early_exit=2"], "early_exit=2.0 must be a certainty from 0 to 1"),
+        (["task=maze", "early_exit=0.8", "model.net=ff"], "early_exit=0.8: a feed-forward net has one tick"),
+        (["task=sort", "early_exit=0.8"], "early_exit=0.8: the answer of sorting is what is said at all ticks"),
+        (["task=maze", "model.optim.no_decay=[bais]"], "model.optim.no_decay: 'bais' is in no parameter's name"),
+        (["task=maze", "model.optim.clip_quantile=2"], "model.optim.clip_quantile=2.0 must be above 0"),
+        (["task=image", "data.name=imagenet"], "there is no folder train"),
+        (["task=image", "data.size=9"], "data.size=9: the images of digits have 8 pixels a side"),
+        (["task=qamnist", "data.source=mnist"], "data.source=mnist: put its files in"),
         (["task=maze", "ckpt_path=last"], "there is no last.ckpt under runs/maze"),
         (["task=maze", "ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         (["ckpt_path=last"], "needs task=NAME"),

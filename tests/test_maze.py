@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ctm.model import Thought
-from tasks.maze import MazeTask, augment, read_png, render, split_of
+from tasks.maze import MazeTask, augment, distance, read_png, render, split_of, walk
 from tasks.mazegen import ALGORITHMS, WAIT, Maze, follow, layout_hash, make_maze
 
 
@@ -174,6 +174,75 @@ def test_a_route_through_a_wall_or_off_the_picture_reaches_nothing():
         values = task.metrics(Thought(answer(moves), torch.ones(1, 1)), (image, torch.zeros(1, 30, dtype=torch.long)))
         walked = follow(maze.walls, maze.start, [move] * 30)
         assert bool(values["reached"]) == (maze.goal in walked)
+
+
+# ---------------------------------------------------------------------------------------------------- re-application
+
+
+class Oracle(torch.nn.Module):
+    """Says the first `length` moves of the right route from wherever the start is, and then runs into a wall."""
+
+    def __init__(self, task: MazeTask, mazes: list[Maze], length: int):
+        super().__init__()
+        self.task, self.length = task, length
+        self.paths = {maze.walls.tobytes(): follow(maze.walls, maze.start, maze.route) for maze in mazes}
+        self.routes = {maze.walls.tobytes(): maze.route for maze in mazes}
+        self.asked = 0
+
+    def forward(self, images):
+        walls, start, _ = self.task.read_image(images)
+        n, moves = walls.shape[-1], torch.full((len(images), 1, self.task.route_length), WAIT)
+        self.asked += len(images)
+        for i, (wall, place) in enumerate(zip(walls.numpy(), start.tolist(), strict=True)):
+            at = self.paths[wall.tobytes()].index(divmod(place, n))
+            route = self.routes[wall.tobytes()][at : at + self.length]
+            moves[i, 0, : len(route)] = torch.tensor(route)
+        return Thought(answer(moves), torch.ones(len(images), 1))
+
+
+@pytest.mark.parametrize("expand_range", [False, True])
+def test_reapplication_goes_on_from_where_the_last_route_ended(expand_range):
+    task = small(size=21, route_length=12, reapply=4, expand_range=expand_range, n_test=30)
+    dataset = task.dataset("test")
+    mazes = [dataset.maze(i) for i in range(30)]
+    batch = tuple(torch.from_numpy(np.stack(part)) for part in zip(*(dataset[i] for i in range(30)), strict=True))
+    before = batch[0].clone()
+    oracle = Oracle(task, mazes, 10)
+    values = task.test_metrics(oracle, batch, most_certain=True)
+    needed = [-(-len(maze.route) // 10) for maze in mazes]
+    assert values["reapply_reached"].tolist() == [float(n <= 4) for n in needed] and len(set(needed)) > 3
+    assert values["reapplications"].tolist() == [min(n, 4) for n in needed]
+    assert oracle.asked == sum(min(n, 4) for n in needed), "who has arrived is not asked again"
+    assert torch.equal(batch[0], before)
+    assert task.difficulty(batch).tolist() == [len(maze.route) // 10 * 10 for maze in mazes]
+    task.reapply = 0
+    assert task.test_metrics(oracle, batch, most_certain=True) == {}
+
+
+def test_reapplication_ends_where_nothing_new_is_reached():
+    task = small(reapply=20)
+    batch = tuple(
+        torch.from_numpy(np.stack(part)) for part in zip(*(task.dataset("test")[i] for i in range(5)), strict=True)
+    )
+
+    class Still(torch.nn.Module):
+        def forward(self, images):
+            return Thought(answer(torch.full((len(images), 1, 30), WAIT)), torch.ones(len(images), 1))
+
+    values = task.test_metrics(Still(), batch, most_certain=True)
+    assert values["reapplications"].tolist() == [1] * 5 and values["reapply_reached"].sum() == 0
+
+
+def test_a_walk_leaves_out_two_moves_into_walls_and_no_more():
+    walls = torch.ones(1, 5, 5, dtype=torch.bool)
+    walls[0, 1, 1:4] = False  # a corridor of three places
+    up, right = 0, 3
+    moves = torch.tensor([[up, right, up, right, up, right]])
+    start = torch.tensor([6])
+    assert walk(walls, start, moves, tolerance=2).tolist() == [[6, 7, 7, 8, 8, 8]]
+    assert walk(walls, start, moves, tolerance=1).tolist() == [[6, 7, 7, 7, 7, 7]]
+    assert walk(walls, start, moves).tolist() == [[6] * 6]
+    assert distance(walls, start, torch.tensor([8])).tolist() == [2]
 
 
 # ------------------------------------------------------------------------------------------------------------ folder

@@ -109,7 +109,7 @@ def test_a_run_its_folder_and_its_continuation(train, tmp_path):
         (("test", f"ckpt_path={part}"), "is not a readable checkpoint, or only part of one"),
         (
             ("test", "task=maze", f"ckpt_path={last}", "model.ctm.d_model=40"),
-            "does not fit this model: model.net.z_start is (32,) there and (40,) here",
+            "does not fit this model: model.net.trace_start is (32, 4) there and (40, 4) here",
         ),
         (("task=maze", "run=x", "trainer.default_root_dir=y", "trainer.accelerator=abc"), "invalid accelerator name"),
     ]:

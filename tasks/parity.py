@@ -1,0 +1,87 @@
+"""Parity: read a sequence of -1 and 1, and say for each of its places whether the number of -1 so far is odd.
+
+Training, validation and test sequences are never the same ones: a hash of the sequence decides where it belongs.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tasks.base import Task
+
+Batch = tuple[Tensor, Tensor]
+"""Sequences (B, L) of -1.0 and 1.0, and cumulative parities (B, L), 1 for odd."""
+
+SPLITS = ("train", "val", "test")
+
+
+def split_of(negative: np.ndarray) -> str:
+    """train (80 %), val (10 %) or test (10 %) by the sequence alone; `negative` (L,) is true where it is -1."""
+    return {8: "val", 9: "test"}.get(zlib.crc32(np.packbits(negative).tobytes()) % 10, "train")
+
+
+class Sequences(Dataset):
+    """Sequences made from (seed, split, position). Those of val and test are the same for every seed of a run."""
+
+    def __init__(self, task: "ParityTask", split: str, length: int | None):
+        self.task, self.split, self.length = task, split, length
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the training stream has no end")
+        return self.length
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        seed = self.task.seed if self.split == "train" else 0
+        rng = np.random.default_rng((seed, SPLITS.index(self.split), position))
+        while split_of(negative := rng.random(self.task.length) < 0.5) != self.split:
+            pass
+        return np.where(negative, -1, 1).astype(np.float32), negative.cumsum() % 2
+
+
+class ParityTask(Task):
+    """Parity of random sequences.
+
+    Args:
+        length: of a sequence, at least 8.
+        n_val: validation sequences.
+        n_test: test sequences.
+        batch_size: training sequences of a step, per process.
+        eval_batch_size: the same in validation and test.
+        num_workers: processes that make training sequences; 0 makes them in the main process.
+    """
+
+    headline = "solved"
+    lstm_answers_last = True
+
+    def __init__(
+        self,
+        length: int = 64,
+        n_val: int = 1000,
+        n_test: int = 2000,
+        batch_size: int = 64,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        self.at_least(length=(length, 8), n_val=(n_val, 1), n_test=(n_test, 1))
+        self.length, self.n_val, self.n_test = length, n_val, n_test
+        self.out_dims, self.sample_size = (length, 2), (length,)
+
+    def dataset(self, split: str) -> Sequences:
+        return Sequences(self, split, {"train": None, "val": self.n_val, "test": self.n_test}[split])
+
+    def difficulty(self, batch: Batch) -> Tensor:
+        """How often the parity flips."""
+        return (batch[0] < 0).sum(1)
+
+    def describe(self) -> str:
+        return f"parity of {self.length} bits, train, val and test sequences kept apart by a hash"
+
+    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
+        from tasks.figures import accuracy_map
+
+        return [accuracy_map(self, model, folder / "test_accuracy.png", "place in the sequence")]

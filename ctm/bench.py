@@ -19,9 +19,12 @@ import yaml
 from torch import Tensor
 
 from ctm import CTM, CTMConfig, Thinker, ops
+from ctm.loss import classification_loss
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DEFAULTS = ("maze/paper", "maze/ablation")
+DEFAULTS = ("maze/paper", "maze/ablation", "parity/paper", "image/imagenet")
+CLASSES = {"imagenet": (224, 1000), "cifar10": (32, 10), "cifar100": (32, 100)}
+"""Pixels a side and classes of the data sets that are not on disk: random images stand for them."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 0.1, "fp32": 2e-2}
 """Of one tensor's gradient, relative to its norm: what thousands of roundings leave, TF32's in fp32 on a GPU."""
@@ -38,14 +41,22 @@ def build(name: str, overrides: dict, batch: int) -> tuple[Thinker, Callable, tu
         module, _, cls = spec["class_path"].rpartition(".")
         return getattr(importlib.import_module(module), cls)
 
-    task = class_of(content["data"])(**content["data"]["init_args"])
-    model = content["model"]["init_args"]
+    model, data = content["model"]["init_args"], content["data"]["init_args"]
     config = CTMConfig(**model["ctm"] | overrides)
     encoder = class_of(model["encoder"])(config.d_input, **model["encoder"].get("init_args", {}))
     torch.manual_seed(0)
-    data = task.dataset("train")
-    batch = torch.utils.data.default_collate([data[i] for i in range(batch)])
-    return Thinker(encoder, CTM(config, task.out_dims)), task.loss, tuple(batch)
+    if data.get("name") in CLASSES:  # time does not depend on what the images show
+        size, classes = CLASSES[data["name"]]
+        images, labels = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
+
+        def loss(thought, batch):
+            return classification_loss(thought.predictions, thought.certainty, batch[-1])
+
+        return Thinker(encoder, CTM(config, (1, classes))), loss, (images, labels)
+    task = class_of(content["data"])(**data)
+    stream = task.dataset("train")
+    samples = torch.utils.data.default_collate([stream[i] for i in range(batch)])
+    return Thinker(encoder, CTM(config, task.out_dims)), task.loss, tuple(samples)
 
 
 @contextmanager
@@ -112,7 +123,9 @@ class Case:
 
     @torch.no_grad()
     def think(self) -> None:
+        self.model.eval()
         self.forward()
+        self.model.train()
 
     def wait(self) -> None:
         if self.device == "cuda":

@@ -69,6 +69,9 @@ class CTMConfig:
     """Dropout in attention and synapses."""
     nlm_dropout: float | None = None
     """Dropout in the neuron-level models; null for the same as `dropout`."""
+    recompute: int = 0
+    """Ticks whose inner values are kept at a time in training and computed anew in the backward pass, to save memory;
+    0 keeps all of them."""
 
     def __post_init__(self):
         sizes = ("d_model", "d_input", "ticks", "n_synch_out", "synapse_depth", "synapse_blocks", "memory_length")

@@ -9,6 +9,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,10 @@ def backend(device: torch.device):
     return torch_tick
 
 
-def parts(reads: list) -> list[list]:
+def parts(reads: list, recompute: int) -> list[list]:
     """The reads of a thought, as they are thought about at a time."""
-    if torch.is_grad_enabled():
-        return [reads]
-    return [reads[i : i + CHUNK] for i in range(0, len(reads), CHUNK)]
+    size = (recompute or len(reads)) if torch.is_grad_enabled() else CHUNK
+    return [reads[i : i + size] for i in range(0, len(reads), size)]
 
 
 def think(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Iterator[tuple[Tensor, tuple]]:
@@ -61,7 +61,7 @@ def think(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Iterator[t
         if str(why) not in said:
             said.add(str(why))
             log.warning("the plain loop is used, which is slower: the fast one does not know %s", why)
-    for part in parts(reads):
+    for part in parts(reads, net.config.recompute):
         sync_BTR, state = net.loop(part, state) if weights is None else fast(net, weights, part, state)
         yield sync_BTR, state
 
@@ -84,7 +84,7 @@ def take_weights(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Wei
     if state.z_BD.dtype != torch.float32:
         raise Unsupported(f"states of {state.z_BD.dtype}")
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"products in {dtype}")
     if c.sync == "window" or c.synapse_blocks > 1:
         raise Unsupported("the published reinforcement-learning parts")
@@ -110,18 +110,20 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
         given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
     given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
     given |= weights.tensors
-    keep = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+    learns = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+    again = learns and bool(c.recompute)
+    keep = learns and not again
     spec = Spec(
         batch=len(state.z_BD), ticks=len(reads), d_model=c.d_model, d_input=c.d_input, heads=c.heads,
         n_pairs=len(net.sync_action.decay) if c.heads else 0, memory=c.memory_length, hidden=c.nlm_hidden,
         widths=weights.widths, reads=tuple(number[id(read)] for read in reads),
         tokens=tuple(kv.keys.shape[2] for kv in tokens), folded=weights.folded, dropout=weights.dropout,
         nlm_dropout=weights.nlm_dropout, eps=weights.eps, dtype=weights.dtype, device=device, keep=keep,
-        wanted=tuple(name for name, value in given.items() if keep and value.requires_grad), names=tuple(given),
+        wanted=tuple(name for name, value in given.items() if learns and value.requires_grad), names=tuple(given),
     )  # fmt: skip
     runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
     with torch.autocast(device.type, enabled=False):
-        z_TBD, trace_BDM, alpha_BR = Think.apply(runner, *given.values())
+        z_TBD, trace_BDM, alpha_BR = (ThinkAgain if again else Think).apply(runner, *given.values())
         sync_BTR, alpha_out_BR, beta_out_R = Scan.apply(
             z_TBD, net.sync_out.bounded_decay(), state.out.alpha_BR, state.out.beta_R, Pairs.of(net.sync_out)
         )
@@ -152,7 +154,6 @@ class Pairs(torch_tick.Neighbours):
 
     def __init__(self, sync: Synchronization):
         super().__init__(sync.left, sync.right)
-        self.left, self.right = sync.left.clone(), sync.right.clone()
         if sync.left.is_cuda:
             for name in ("left", "right", "active", "pair", "other"):
                 setattr(self, name, getattr(self, name).int())
@@ -185,7 +186,7 @@ class Runner:
         self.work = kind(spec)
         if pairs is not None:
             self.work.pairs, self.work.neighbours = (pairs.left, pairs.right), pairs
-        self.spec, self.uses = spec, 0
+        self.spec, self.pairs, self.uses = spec, pairs, 0  # the key of runners has the address of pairs
         self.turn: weakref.ref[Turn] | None = None
         self.graphs: tuple | None = None
         self.grads: dict[str, Tensor] = {}
@@ -195,9 +196,9 @@ class Runner:
         turn = self.turn and self.turn()
         return turn is not None and not turn.done
 
-    def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, given: dict[str, Tensor], seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         work = self.work
-        work.load(given)
+        work.load(given, seed)
         if self.spec.device.type == "cuda" and self.uses == 1:
             self.capture()
         if self.graphs:
@@ -213,8 +214,10 @@ class Runner:
         self.work.load_gradients(dz, dtrace, dalpha)
         if self.graphs and self.graphs[1]:
             self.graphs[1].replay()
-            return self.grads
-        return self.work.backward()
+            grads = self.grads
+        else:
+            grads = self.work.backward()
+        return {name: value.clone() for name, value in grads.items()}  # the buffers are the next thought's
 
     def capture(self) -> None:
         """Records both loops. They were run before, so that everything is compiled."""
@@ -241,7 +244,6 @@ def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
     free = next((runner for runner in runners[key] if not runner.busy), None)
     if free is None:
         free = Runner(spec, pairs)
-        free.pairs = pairs  # its address is in the key
         runners[key].append(free)
     while sum(map(len, runners.values())) > MOST and len(runners) > 1:
         runners.popitem(last=False)
@@ -279,6 +281,29 @@ class Think(torch.autograd.Function):
             grads = runner.backward(dz, dtrace, dalpha)
         ctx.turn.done = True
         return None, *(grads.get(name) for name in runner.spec.names)
+
+
+class ThinkAgain(torch.autograd.Function):
+    """`Think` that keeps nothing of what happened inside, and thinks again in the backward pass, by the same dice."""
+
+    @staticmethod
+    def forward(ctx, runner: Runner, *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        z, trace, alpha = runner.forward(dict(zip(runner.spec.names, tensors, strict=True)))
+        ctx.save_for_backward(runner.work.seed.clone(), *tensors)
+        ctx.spec, ctx.pairs = replace(runner.spec, keep=True), runner.pairs
+        return z.clone(), trace, alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz: Tensor | None, dtrace: Tensor | None, dalpha: Tensor | None):
+        seed, *tensors = ctx.saved_tensors
+        runner = runner_for(ctx.spec, ctx.pairs)
+        with torch.autocast(seed.device.type, enabled=False):
+            runner.forward(dict(zip(ctx.spec.names, tensors, strict=True)), seed)
+            dz = torch.zeros_like(runner.work.z[1:]) if dz is None else dz
+            grads = runner.backward(dz, dtrace, dalpha)
+        return None, *(grads.get(name) for name in ctx.spec.names)
 
 
 class Scan(torch.autograd.Function):

@@ -24,8 +24,7 @@ def dropout_scale(seed_ptr, site, index, p):
     """0 with probability p, else 1 / (1 - p): the same for the same (seed, site, index), forward and backward."""
     key = _hash(tl.load(seed_ptr).to(tl.uint32) + _hash(site.to(tl.uint32)))
     bits = _hash(index.to(tl.uint32) * 0x9E3779B1 + key)
-    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
+    return tl.where(bits >= (p * 4294967296.0).to(tl.uint32), 1.0 / (1.0 - p), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def attend(
     q_ptr, bias_ptr, k_ptr, v_ptr, p_ptr, o_ptr, seed_ptr, site, scale, p_drop, heads, S, dh, stride_q, stride_o,
     DROP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q k' scale) v, one program a sample and head; q gets its bias, in place; p keeps the undropped weights."""
+    """softmax(q k' scale) v for a sample and head; q gets its bias, in place; p keeps the undropped weights."""
     row = tl.program_id(0).to(tl.int64)
     b, h = row // heads, row % heads
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -309,11 +308,6 @@ def _norm_backward(da, x, rstd, gamma_ptr, i, mask, width):
     return rstd * (dx - total / width - x * (along / width))
 
 
-@triton.jit
-def _add(ptr, place, value, mask):
-    tl.store(ptr + place, tl.load(ptr + place, mask, 0.0) + value, mask)
-
-
 @triton.jit(do_not_specialize=["site"])
 def norm_silu(
     y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, x_ptr, seed_ptr, site, p_drop, eps, width, stride,
@@ -343,16 +337,17 @@ def norm_silu_backward(
     i = tl.arange(0, BLOCK)
     mask = i < width
     place = b * stride + i
-    x, rstd, a, _ = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask)
     dh = tl.load(dx_ptr + place, mask, 0.0).to(tl.float32)
+    dgamma, dbeta = tl.load(dgamma_ptr + place, mask, 0.0), tl.load(dbeta_ptr + place, mask, 0.0)
+    x, rstd, a, _ = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask)
     if DROP:
         dh *= dropout_scale(seed_ptr, site, place, p_drop)
     if SKIP:
         dh += tl.load(dskip_ptr + place, mask, 0.0)
     gate = tl.sigmoid(a)
     da = tl.where(mask, dh * gate * (1 + a * (1 - gate)), 0.0)
-    _add(dgamma_ptr, place, da * x, mask)
-    _add(dbeta_ptr, place, da, mask)
+    tl.store(dgamma_ptr + place, dgamma + da * x, mask)
+    tl.store(dbeta_ptr + place, dbeta + da, mask)
     dy = _norm_backward(da, x, rstd, gamma_ptr, i, mask, width)
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask)
 
@@ -395,22 +390,24 @@ def up_backward(
     i = tl.arange(0, BLOCK)
     mask = i < width
     place = b * stride + i
+    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0).to(tl.float32)
+    dgamma, dbeta = tl.load(dgamma_ptr + place, mask, 0.0), tl.load(dbeta_ptr + place, mask, 0.0)
+    dgamma2, dbeta2 = tl.load(dgamma2_ptr + place, mask, 0.0), tl.load(dbeta2_ptr + place, mask, 0.0)
     x, rstd, a, h = _norm_silu(y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, b, place, i, mask)
     _, _, _, skip = _norm_silu(
         y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, stat_skip_ptr, b, place, i, mask
     )
     x2, rstd2 = _normalized(h + skip, stat2_ptr, b, mask)
-    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0).to(tl.float32)
     if DROP:
         du *= dropout_scale(seed_ptr, site, place, p_drop)
-    _add(dgamma2_ptr, place, du * x2, mask)
-    _add(dbeta2_ptr, place, du, mask)
+    tl.store(dgamma2_ptr + place, dgamma2 + du * x2, mask)
+    tl.store(dbeta2_ptr + place, dbeta2 + du, mask)
     dh = _norm_backward(du, x2, rstd2, gamma2_ptr, i, mask, width)
     tl.store(dskip_ptr + place, dh, mask)
     gate = tl.sigmoid(a)
     da = tl.where(mask, dh * gate * (1 + a * (1 - gate)), 0.0)
-    _add(dgamma_ptr, place, da * x, mask)
-    _add(dbeta_ptr, place, da, mask)
+    tl.store(dgamma_ptr + place, dgamma + da * x, mask)
+    tl.store(dbeta_ptr + place, dbeta + da, mask)
     dy = _norm_backward(da, x, rstd, gamma_ptr, i, mask, width)
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask)
 
@@ -440,12 +437,14 @@ def gated_norm_backward(
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < D
-    value = _value(y_ptr, bias_ptr, b * stride + i, i, mask)
+    place = b * stride + i
+    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0)
+    dgamma, dbeta = tl.load(dgamma_ptr + place, mask, 0.0), tl.load(dbeta_ptr + place, mask, 0.0)
+    value = _value(y_ptr, bias_ptr, place, i, mask)
     gate = tl.sigmoid(_value(y_ptr + D, bias_ptr + D, b * stride + i, i, mask))
     x, rstd = _normalized(value * gate, stat_ptr, b, mask)
-    du = tl.load(dx_ptr + b * stride_dx + i, mask, 0.0)
-    _add(dgamma_ptr, b * stride + i, du * x, mask)
-    _add(dbeta_ptr, b * stride + i, du, mask)
+    tl.store(dgamma_ptr + place, dgamma + du * x, mask)
+    tl.store(dbeta_ptr + place, dbeta + du, mask)
     dh = _norm_backward(du, x, rstd, gamma_ptr, i, mask, D)
     tl.store(dy_ptr + b * stride + i, (dh * gate).to(dy_ptr.dtype.element_ty), mask)
     dgate = dh * value * gate * (1 - gate)
@@ -495,11 +494,11 @@ def _pair(ptr, n, k, K, mask):
 
 @triton.jit
 def _answer(g, w0, w1, b2_ptr, n, mask_n, t2):
-    """The last layer: g (n, b, k) and its two columns (n, k) -> value and gate (n, b)."""
+    """The last layer: g (n, b, k) and its two columns (n, k) -> value and gate (n, b). t is 1 / temperature here."""
     b0, b1 = tl.load(b2_ptr + n * 2, mask_n, 0.0), tl.load(b2_ptr + n * 2 + 1, mask_n, 0.0)
     y0 = tl.sum(g * w0[:, None, :], axis=2)
     y1 = tl.sum(g * w1[:, None, :], axis=2)
-    return (y0 + b0[:, None]) / t2, (y1 + b1[:, None]) / t2
+    return (y0 + b0[:, None]) * t2, (y1 + b1[:, None]) * t2
 
 
 @triton.jit
@@ -514,7 +513,7 @@ def neurons(
     stride_x, DEEP: tl.constexpr, DROP: tl.constexpr, NEXT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The next activations z (B, D), and (NEXT) their place in the next tick's product. `trace` starts at the window."""
+    """The next activations z (B, D), also (NEXT) where the next tick's product reads. `trace` starts at the window."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     m, o = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
@@ -525,14 +524,14 @@ def neurons(
     if DROP:
         x = x.to(tl.float32) * dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
     x = x.to(dtype)
-    t2 = tl.load(t2_ptr)
+    t2 = 1 / tl.load(t2_ptr)
     if DEEP:
-        t1 = tl.load(t1_ptr)
+        t1 = 1 / tl.load(t1_ptr)
         mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
         w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
         b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_n[:, None] & mask_o[None, :], H)
-        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
-        gate = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1
+        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) * t1
+        gate = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) * t1
         g = value * tl.sigmoid(gate)
         if DROP:
             g *= dropout_scale(seed_ptr, site + 1, _tile(n, b, o, B, H), p_drop)
@@ -566,15 +565,15 @@ def neurons_backward(
     if DROP:
         x = x.to(tl.float32) * dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
     x = x.to(dtype)
-    t2 = tl.load(t2_ptr)
+    t2 = 1 / tl.load(t2_ptr)
     dz = tl.load(dz_ptr + b[None, :] * D + n[:, None], mask_n[:, None] & mask_b[None, :], 0.0)
     if DEEP:
-        t1 = tl.load(t1_ptr)
+        t1 = 1 / tl.load(t1_ptr)
         mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
         w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
         b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_n[:, None] & mask_o[None, :], H)
-        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
-        gate = tl.sigmoid((tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1)
+        value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) * t1
+        gate = tl.sigmoid((tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) * t1)
         g = value * gate
         keep = 1.0
         if DROP:
@@ -584,16 +583,19 @@ def neurons_backward(
         w20, w21 = _pair(w2_ptr, n, o, H, mask_n[:, None] & mask_o[None, :])
         y0, y1 = _answer(g, w20, w21, b2_ptr, n, mask_n, t2)
         y1 = tl.sigmoid(y1)
-        du0, du1 = dz * y1 / t2, dz * y0 * y1 * (1 - y1) / t2
-        dg = (du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]) * keep / t1
-        dvalue, dgate = dg * gate, dg * value * gate * (1 - gate)
+        du0 = dz * y1 * t2
+        du1 = du0 * y0 * (1 - y1)
+        dg = (du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]) * (keep * t1)
+        dvalue = dg * gate
+        dgate = dvalue * value * (1 - gate)
         dx = tl.dot(dvalue.to(dtype), tl.permute(w_value, (0, 2, 1)), input_precision=PRECISION)
         dx += tl.dot(dgate.to(dtype), tl.permute(w_gate, (0, 2, 1)), input_precision=PRECISION)
     else:
         w20, w21 = _pair(w2_ptr, n, m, M, mask_n[:, None] & mask_m[None, :])
         y0, y1 = _answer(x.to(tl.float32), w20, w21, b2_ptr, n, mask_n, t2)
         y1 = tl.sigmoid(y1)
-        du0, du1 = dz * y1 / t2, dz * y0 * y1 * (1 - y1) / t2
+        du0 = dz * y1 * t2
+        du1 = du0 * y0 * (1 - y1)
         dx = du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]
     if DROP:
         dx *= dropout_scale(seed_ptr, site, _tile(n, b, m, B, M), p_drop)
@@ -616,7 +618,7 @@ def neurons_weights(
     mask_no = mask_n[:, None] & mask_o[None, :]
     mask_nm = mask_n[:, None] & mask_m[None, :]
     dtype = w1_ptr.dtype.element_ty
-    t2 = tl.load(t2_ptr)
+    t2 = 1 / tl.load(t2_ptr)
     dt1, dt2, db20, db21 = (
         tl.zeros((BLOCK_N,), tl.float32),
         tl.zeros((BLOCK_N,), tl.float32),
@@ -625,7 +627,7 @@ def neurons_weights(
     )
     mask_w = mask_n[:, None, None] & mask_m[None, :, None] & mask_o[None, None, :]
     if DEEP:
-        t1 = tl.load(t1_ptr)
+        t1 = 1 / tl.load(t1_ptr)
         w_value, w_gate = _weight1(w1_ptr, n, m, o, mask_w, M, H)
         b_value, b_gate = _hidden_bias(b1_ptr, n, o, mask_no, H)
         w20, w21 = _pair(w2_ptr, n, o, H, mask_no)
@@ -654,8 +656,8 @@ def neurons_weights(
             row = (b + t * B).to(tl.int64) * D
             dz = tl.load(dz_ptr + row[None, :] + n[:, None], mask_n[:, None] & mask_b[None, :], 0.0)
             if DEEP:
-                value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) / t1
-                raw = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) / t1
+                value = (tl.dot(x, w_value, input_precision=PRECISION) + b_value) * t1
+                raw = (tl.dot(x, w_gate, input_precision=PRECISION) + b_gate) * t1
                 gate = tl.sigmoid(raw)
                 g = value * gate
                 keep = 1.0
@@ -668,17 +670,18 @@ def neurons_weights(
             y0, y1 = _answer(g, w20, w21, b2_ptr, n, mask_n, t2)
             open_ = tl.sigmoid(y1)
             dy0, dy1 = dz * open_, dz * y0 * open_ * (1 - open_)
-            dt2 -= tl.sum(dy0 * y0 + dy1 * y1, axis=1) / t2
-            du0, du1 = dy0 / t2, dy1 / t2
+            dt2 -= tl.sum(dy0 * y0 + dy1 * y1, axis=1) * t2
+            du0, du1 = dy0 * t2, dy1 * t2
             db20 += tl.sum(du0, axis=1)
             db21 += tl.sum(du1, axis=1)
             dw20 += tl.sum(g * du0[:, :, None], axis=1)
             dw21 += tl.sum(g * du1[:, :, None], axis=1)
             if DEEP:
                 dg = (du0[:, :, None] * w20[:, None, :] + du1[:, :, None] * w21[:, None, :]) * keep
-                dvalue, dgate = dg * gate, dg * value * gate * (1 - gate)
-                dt1 -= tl.sum(tl.sum(dvalue * value + dgate * raw, axis=2), axis=1) / t1
-                dvalue, dgate = dvalue / t1, dgate / t1
+                dvalue = dg * gate
+                dgate = dvalue * value * (1 - gate)
+                dt1 -= tl.sum(tl.sum(dvalue * value + dgate * raw, axis=2), axis=1) * t1
+                dvalue, dgate = dvalue * t1, dgate * t1
                 db_value += tl.sum(dvalue, axis=1)
                 db_gate += tl.sum(dgate, axis=1)
                 x_T = tl.permute(x, (0, 2, 1))

@@ -171,8 +171,8 @@ class Recurrence:
         if into:
             torch._foreach_copy_(into, values)
 
-    def load(self, given: dict[str, Tensor]) -> None:
-        """Takes the tensors of `Spec.names` in."""
+    def load(self, given: dict[str, Tensor], seed: Tensor | None = None) -> None:
+        """Takes the tensors of `Spec.names` in; `seed` repeats the dropout of the thought that had it."""
         s = self.spec
         self.pack({name: value for name, value in given.items() if name not in ("z", "trace", "alpha")})
         self.z[0].copy_(given["z"])
@@ -181,7 +181,9 @@ class Recurrence:
         if s.n_pairs:
             self.alpha.copy_(given["alpha"])
             self.alpha0 = self.alpha.clone() if s.keep else None
-        if s.dropout or s.nlm_dropout:
+        if seed is not None:
+            self.seed.copy_(seed)
+        elif s.dropout or s.nlm_dropout:
             self.seed.random_(2**31 - 1)
 
     def forward(self) -> None:

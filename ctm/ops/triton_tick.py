@@ -15,7 +15,8 @@ def block(width: int, least: int = 16) -> int:
 
 
 def warps(width: int) -> int:
-    return 4 if width <= 1024 else 8
+    """Measured on an H200: the rows of a step are few, so that many threads share each."""
+    return 16 if block(width) >= 1024 else 8 if width > 256 else 4
 
 
 class TritonRecurrence(Recurrence):
@@ -29,10 +30,9 @@ class TritonRecurrence(Recurrence):
         self.no_bias = self.zeros(1)
         full = torch.get_float32_matmul_precision() == "highest"
         self.precision = "ieee" if s.dtype == torch.float32 and full else "tf32"
-        narrow = s.dtype == torch.bfloat16
         self.neuron_options = {
-            "BLOCK_N": 16 if narrow else 8, "BLOCK_B": 16, "BLOCK_M": block(s.memory), "BLOCK_H": block(s.hidden),
-            "DEEP": s.hidden > 0, "DROP": s.nlm_dropout > 0, "PRECISION": self.precision, "num_warps": 8 if narrow else 4,
+            "BLOCK_N": 8, "BLOCK_B": 16, "BLOCK_M": block(s.memory), "BLOCK_H": block(s.hidden), "DEEP": s.hidden > 0,
+            "DROP": s.nlm_dropout > 0, "PRECISION": self.precision, "num_warps": 4,
         }  # fmt: skip
         rows = len(self.x)
         self.stat = {name: self.zeros(rows, s.batch, 2) for name in s.layers}
@@ -140,8 +140,8 @@ class TritonRecurrence(Recurrence):
         out = self.after[layer][row] if i else self.trace[s.memory + t]
         kernels.up[(s.batch,)](
             *self.layer(layer, row), *self.layer(f"down{i}", row), self.packed[f"gamma2.{layer}"],
-            self.packed[f"beta2.{layer}"], self.stat2[layer][row], out, self.seed, self.site_of(t, layer), s.dropout, s.eps,
-            width, self.pad(width), out.stride(0), DROP=s.dropout > 0 and i > 0, **self.row_options(layer),
+            self.packed[f"beta2.{layer}"], self.stat2[layer][row], out, self.seed, self.site_of(t, layer), s.dropout,
+            s.eps, width, self.pad(width), out.stride(0), DROP=s.dropout > 0 and i > 0, **self.row_options(layer),
         )  # fmt: skip
 
     def up_backward(self, i: int, t: int) -> None:
@@ -169,8 +169,8 @@ class TritonRecurrence(Recurrence):
         s = self.spec
         y, bias, gamma, _, stat = self.layer("gated", t)
         kernels.gated_norm_backward[(s.batch,)](
-            self.dtrace[s.memory + t], y, bias, gamma, stat, self.dy["gated"][t], *self.shares("gated", "gamma", "beta"),
-            s.d_model, y.stride(0), s.d_model, **self.row_options("gated"),
+            self.dtrace[s.memory + t], y, bias, gamma, stat, self.dy["gated"][t],
+            *self.shares("gated", "gamma", "beta"), s.d_model, y.stride(0), s.d_model, **self.row_options("gated"),
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- neuron-level models
@@ -180,17 +180,18 @@ class TritonRecurrence(Recurrence):
         first = [self.packed[f"n.{name}1"] for name in ("w", "b", "t")] if self.spec.hidden else second
         return [*first, *second]
 
-    def neuron_grid(self) -> tuple[int, int]:
-        s, o = self.spec, self.neuron_options
-        return triton.cdiv(s.d_model, o["BLOCK_N"]), triton.cdiv(s.batch, o["BLOCK_B"])
+    def neuron_grid(self, block_b: int = 16) -> tuple[int, int]:
+        return triton.cdiv(self.spec.d_model, self.neuron_options["BLOCK_N"]), triton.cdiv(self.spec.batch, block_b)
 
     def neurons(self, t: int) -> None:
         s = self.spec
         following = t + 1 < s.ticks
         x = self.x[self.row(t + 1) if following else 0, :, s.d_input :]
-        kernels.neurons[self.neuron_grid()](
+        block_b = 32 if s.batch > 16 else 16
+        options = self.neuron_options | {"BLOCK_B": block_b, "num_warps": block_b // 4}
+        kernels.neurons[self.neuron_grid(block_b)](
             self.trace[t + 1], *self.neuron_weights, self.z[t + 1], x, self.seed, self.site_of(t, self.sites - 2),
-            s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, x.stride(0), NEXT=following, **self.neuron_options,
+            s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, x.stride(0), NEXT=following, **options,
         )  # fmt: skip
 
     def start_backward(self) -> None:
@@ -210,7 +211,8 @@ class TritonRecurrence(Recurrence):
         s = self.spec
         kernels.neurons_backward[self.neuron_grid()](
             self.dz[t + 1], self.trace[t + 1], *self.neuron_weights, self.dtrace[t + 1], self.seed,
-            self.site_of(t, self.sites - 2), s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden, **self.neuron_options,
+            self.site_of(t, self.sites - 2), s.nlm_dropout, s.batch, s.d_model, s.memory, s.hidden,
+            **self.neuron_options,
         )  # fmt: skip
 
     SHARES = 4
@@ -219,7 +221,7 @@ class TritonRecurrence(Recurrence):
     def neuron_gradients(self) -> dict[str, Tensor]:
         s, weights = self.spec, self.neuron_weights
         ticks = -(-s.ticks // self.SHARES)
-        options = self.neuron_options | {"BLOCK_N": 8, "num_warps": 8}
+        options = self.neuron_options | {"num_warps": 8}
         found = {name: self.zeros(self.SHARES, *self.packed[name].shape) for name in self.packed if name[:2] == "n."}
         for name in found:
             if name.startswith("n.t"):

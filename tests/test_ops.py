@@ -1,0 +1,421 @@
+"""The fast recurrence against the plain loop: numbers, every gradient, memory, and when it must not be taken.
+
+On a CPU this is `ctm.ops.torch_tick`; the Triton kernels run here in Triton's interpreter, and on a GPU under the
+marker gpu.
+"""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, relative
+from published import from_case
+from torch import nn
+
+from ctm import CTM, CTMConfig, compat, ops, record
+
+SMALL = {"d_model": 24, "d_input": 8, "ticks": 5, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
+KINDS = {
+    "dense": {"synapse_depth": 3},
+    "semi-dense": {"pairing": "semi-dense", "synapse_depth": 1, "nlm_hidden": 0},
+    "random": {"pairing": "random", "n_self_pairs": 2, "synapse_depth": 2},
+    "gated": {"synapse_depth": 1, "nlm_hidden": 5},
+    "odd": {"synapse_depth": 4, "d_model": 37, "memory_length": 1, "ticks": 1},
+}
+
+
+def make(device: str = "cpu", **config) -> CTM:
+    """A model whose every part matters: nothing at its initial value."""
+    torch.manual_seed(0)
+    net = CTM(CTMConfig(**SMALL | config), (5, 3))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.uniform_(0.02, 1.5) if name.endswith("decay") else p.add_(0.1 * torch.randn_like(p))
+    return net.to(device)
+
+
+def tokens(n: int = 7, batch: int = 3, device: str = "cpu", width: int = 8, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, n, width, generator=generator).to(device).requires_grad_()
+
+
+def think(monkeypatch, path: str, net: CTM, reads, ticks=None, state=None):
+    """A thought, and the gradients of a loss on all that came out of it."""
+    monkeypatch.setenv("CTM_OPS", path)
+    thought = net(reads, ticks, state)
+    weight = torch.linspace(-1, 1, thought.predictions.numel(), device=thought.predictions.device)
+    loss = (thought.predictions * weight.view_as(thought.predictions)).sum()
+    end = thought.state
+    loss = loss + end.z_BD.sin().sum() + end.trace_BDM.cos().sum() + end.out.alpha_BR.sin().sum()
+    if end.action is not None:
+        loss = loss + end.action.alpha_BR.sin().sum()
+    inputs = {id(read): read for read in (reads if isinstance(reads, list) else [reads])}
+    named = dict(net.named_parameters()) | {f"read{i}": read for i, read in enumerate(inputs.values())}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return thought, {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+
+def compare(fast, plain, tolerance: float = 1e-5) -> None:
+    (ours, grads), (theirs, expected) = fast, plain
+    assert relative(ours.predictions.detach(), theirs.predictions.detach()) < tolerance
+    assert relative(ours.certainty.detach(), theirs.certainty.detach()) < 10 * tolerance
+    for one, other in zip(leaves(ours.state), leaves(theirs.state), strict=True):
+        assert relative(one.detach(), other.detach()) < tolerance
+    assert grads.keys() == expected.keys()
+    floor = 1e-3 * float(sum(g.norm() ** 2 for g in expected.values()) ** 0.5)
+    errors = {name: relative(grads[name], value, floor) for name, value in expected.items()}
+    assert max(errors.values()) < tolerance, max(errors, key=errors.get)
+
+
+def leaves(state):
+    return [
+        leaf for part in state for leaf in (leaves(part) if isinstance(part, tuple) else [part]) if leaf is not None
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients(kind, monkeypatch):
+    net, read = make(**KINDS[kind]), tokens()
+    compare(think(monkeypatch, "auto", net, read), think(monkeypatch, "naive", net, read))
+
+
+@pytest.mark.parametrize("kind", ["dense", "gated"])
+def test_a_read_for_each_tick_and_a_state_to_go_on_from(kind, monkeypatch):
+    net, first, second = make(**KINDS[kind]), tokens(), tokens(4, seed=2)
+    vector = torch.randn(3, 8, requires_grad=True)
+    reads = [first, first, vector, second, vector]
+    with torch.no_grad():
+        state = net(first, 2).state
+    fast, plain = (think(monkeypatch, path, net, reads, state=state) for path in ("auto", "naive"))
+    compare(fast, plain)
+    assert "read1" in fast[1] and "read2" in fast[1]
+
+
+def test_ready_vectors_alone(monkeypatch):
+    net, vector = make(heads=0, n_synch_action=0), torch.randn(3, 8, requires_grad=True)
+    compare(think(monkeypatch, "auto", net, vector), think(monkeypatch, "naive", net, vector))
+
+
+@pytest.mark.parametrize("kind", ["dense", "gated"])
+def test_a_state_carries_its_gradient(kind, monkeypatch):
+    """Two thoughts in a row, differentiated through both: each has buffers of its own."""
+    net, read = make(**KINDS[kind]), tokens()
+
+    def grads(path: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("CTM_OPS", path)
+        loss = net(read, 3, net(read, 3).state).predictions.square().sum()
+        return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+
+    fast, plain = grads("auto"), grads("naive")
+    floor = 1e-3 * float(sum(g.norm() ** 2 for g in plain.values()) ** 0.5)
+    assert max(relative(fast[name], plain[name], floor) for name in plain) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 5])
+def test_recomputation_changes_nothing(recompute, monkeypatch):
+    net, read = make(), tokens()
+    expected = think(monkeypatch, "auto", net, read)
+    again = make(recompute=recompute)
+    compare(think(monkeypatch, "auto", again, read), expected)
+
+
+@pytest.mark.parametrize("kind, recompute", [("dense", 0), ("dense", 2), ("gated", 0), ("semi-dense", 0)])
+def test_dropout_is_the_same_forward_and_backward(kind, recompute, monkeypatch):
+    """The gradient is that of the function that was drawn: its directional derivative by differences says the same."""
+    monkeypatch.setenv("CTM_OPS", "auto")
+    net, read = make(dropout=0.3, recompute=recompute, **KINDS[kind]).train(), tokens().detach()
+    direction = [torch.randn_like(p) for p in net.parameters()]
+
+    def loss(step: float) -> torch.Tensor:
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for p, d in zip(moved.parameters(), direction, strict=True):
+                p.add_(step * d)
+        torch.manual_seed(5)
+        return moved(read).predictions.double().square().sum()
+
+    torch.manual_seed(5)
+    grads = torch.autograd.grad(net(read).predictions.square().sum(), list(net.parameters()))
+    along = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
+    assert along == pytest.approx(float((loss(2e-3) - loss(-2e-3)) / 4e-3), rel=0.02)
+    torch.manual_seed(6)
+    assert float(net(read).predictions.square().sum()) != pytest.approx(float(loss(0.0)), rel=1e-6)
+
+
+def test_dropout_drops_its_share(monkeypatch):
+    """The mean over many draws is near the thought without dropout, as for the plain loop."""
+    net, read = make(dropout=0.1).train(), tokens().detach()
+    means = {}
+    for path in ("auto", "naive"):
+        monkeypatch.setenv("CTM_OPS", path)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            draws = torch.stack([net(read).predictions for _ in range(300)])
+        means[path] = draws.mean(0), draws.std(0).mean()
+    assert relative(means["auto"][0], means["naive"][0]) < 0.15
+    assert float(means["auto"][1]) == pytest.approx(float(means["naive"][1]), rel=0.15)
+
+
+def test_long_thoughts_without_gradient(monkeypatch):
+    """Thought about in parts, so that memory stays the same; the numbers do too."""
+    net, read = make(), tokens().detach()
+    with torch.no_grad():
+        monkeypatch.setenv("CTM_OPS", "naive")
+        plain = net(read, 60)
+        monkeypatch.setenv("CTM_OPS", "auto")
+        fast = net(read, 60)
+    assert relative(fast.predictions, plain.predictions) < 1e-5
+    assert relative(fast.state.action.beta_R, plain.state.action.beta_R) < 1e-5
+    assert max(runner.spec.ticks for group in ops.runners.values() for runner in group if not runner.spec.keep) <= 25
+
+
+def test_what_is_recorded(monkeypatch):
+    net, read = make(), tokens().detach()
+    seen = {}
+    for path in ("auto", "naive"):
+        monkeypatch.setenv("CTM_OPS", path)
+        with torch.no_grad(), record(net) as seen[path]:
+            net(read, 30)
+    for name in ("attention", "pre_activations", "post_activations", "sync_action", "sync_out"):
+        fast, plain = (getattr(seen[path], name) for path in ("auto", "naive"))
+        assert fast.shape == plain.shape and relative(fast, plain) < 1e-5, name
+    assert not net.recordings
+
+
+def test_numbers_of_one_thought_stay_when_another_follows(monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    net, read, other = make(), tokens(), tokens(seed=9)
+    first = net(read)
+    kept = [leaf.detach().clone() for leaf in [*leaves(first.state), first.predictions]]
+    second = net(other)
+    for leaf, before in zip([*leaves(first.state), first.predictions], kept, strict=True):
+        assert torch.equal(leaf, before)
+    both = torch.autograd.grad(first.predictions.sum() + second.predictions.sum(), [read, other])
+    alone = torch.autograd.grad(net(read).predictions.sum(), read)[0]
+    assert relative(both[0], alone) < 1e-6
+
+
+def test_a_backward_pass_that_comes_too_late_says_so(monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    net, read = make(), tokens()
+    loss = net(read).predictions.sum()
+    loss.backward(retain_graph=True)
+    net(read).predictions.sum().backward()
+    with pytest.raises(RuntimeError, match="think again first|modified by an inplace operation"):
+        loss.backward()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Curious(CTM):
+    pass
+
+
+@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "half"])
+def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, monkeypatch, caplog):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    monkeypatch.setattr(ops, "said", set())
+    net, read = make(), tokens().detach()
+    before = net(read).predictions
+    if change == "part":
+        net.query = Doubled(*net.query.weight.shape[::-1])
+    elif change == "hook":
+        net.synapses.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "subclass":
+        net.__class__ = Curious
+    elif change == "norm":
+        net = make(nlm_layernorm=True)
+    else:
+        net, read = net.double(), read.double()
+    with caplog.at_level(logging.WARNING):
+        fast = net(read).predictions
+        net(read)
+    assert caplog.text.count("the plain loop is used") == 1
+    monkeypatch.setenv("CTM_OPS", "naive")
+    assert torch.equal(fast, net(read).predictions)
+    if change in ("part", "hook"):
+        assert not torch.allclose(fast, before)
+
+
+def test_an_adapter_is_applied_and_gets_the_same_gradient(monkeypatch):
+    peft = pytest.importorskip("peft")
+    net, read = make(), tokens()
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*(query|q_proj|out_proj|k_proj|first\.1|down\.\d\.1|up\.\d\.1|head)"
+    )
+    model = peft.get_peft_model(net, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.normal_(std=0.2)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) >= 16
+    found = {}
+    for path in ("auto", "naive"):
+        monkeypatch.setenv("CTM_OPS", path)
+        monkeypatch.setattr(ops, "said", set())
+        predictions = model(read).predictions
+        found[path] = predictions.detach(), torch.autograd.grad(predictions.square().sum(), list(trained.values()))
+        assert not ops.said
+    assert relative(found["auto"][0], found["naive"][0]) < 1e-5
+    for name, fast, plain in zip(trained, found["auto"][1], found["naive"][1], strict=True):
+        assert relative(fast, plain, 1e-4) < 1e-4, name
+    with model.disable_adapter():
+        off = model(read).predictions
+    assert not torch.allclose(off, found["auto"][0])
+
+
+def test_models_that_think_pickle_and_copy(monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    net, read = make(), tokens().detach()
+    before = net(read).predictions
+    assert torch.equal(copy.deepcopy(net)(read).predictions, before)
+
+
+def test_the_published_loop_that_speed_is_measured_against(golden):
+    case = golden("maze_first_last")
+    model = from_case(case.kind, case.config, case.under("state.")).eval()
+    with torch.no_grad():
+        predictions, certainty = model(case["input.0"])
+    assert relative(predictions, case["eval.predictions"]) < 1e-5
+    assert relative(certainty, case["eval.certainties"][:, 1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["image_random_pairing", "parity_random"])
+def test_golden_models_take_the_fast_path(golden, name, monkeypatch):
+    monkeypatch.setattr(ops, "said", set())
+    case = golden(name)
+    model = compat.load(case.kind, case.config, case.under("state.")).eval()
+    ops.clear()
+    with torch.no_grad():
+        assert relative(model(*case.inputs()).predictions.mT, case["eval.predictions"]) < 1e-5
+    assert ops.runners and not ops.said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels
+
+INTERPRETED = """
+import sys
+sys.path[:0] = {paths!r}
+import pytest, torch
+from test_ops import compare, make, think, tokens
+monkeypatch = pytest.MonkeyPatch()
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True, warn_only=True)  # with this, fresh memory is NaN
+for config in {configs!r}:
+    net, read = make(**config), tokens(3, batch=2)
+    net(read)  # the first thought of a runner differs from later ones
+    compare(think(monkeypatch, "triton", net, read), think(monkeypatch, "naive", net, read), 2e-5)
+    vector = torch.randn(2, 8, requires_grad=True)
+    reads = [read, vector][: net.config.ticks]
+    compare(think(monkeypatch, "triton", net, reads), think(monkeypatch, "naive", net, reads), 2e-5)
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("kind", ["dense", "semi-dense", "gated"])
+def test_kernels_in_the_interpreter(kind):
+    pytest.importorskip("triton")
+    config = KINDS[kind] | {"d_model": 18, "ticks": 2}
+    code = INTERPRETED.format(paths=[str(ROOT), str(ROOT / "tests")], configs=[config])
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "the same" in done.stdout, done.stderr[-2000:]
+
+
+RAGGED = [
+    (batch, d, memory, ticks, kind)
+    for batch, d, memory, ticks, kind in [
+        (1, 64, 1, 1, "dense"), (3, 100, 7, 2, "dense"), (63, 100, 25, 75, "dense"), (63, 2048, 25, 2, "dense"),
+        (3, 64, 7, 75, "gated"), (63, 64, 25, 2, "semi-dense"), (1, 100, 25, 75, "random"), (3, 2048, 7, 2, "gated"),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch, d, memory, ticks, kind", RAGGED)
+def test_kernels_are_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, dtype, monkeypatch):
+    """Error against fp64: at most 1.3 times the plain loop's own, for outputs and for the gradient as a whole; fresh
+    memory is NaN, and the third thought (a CUDA graph's replay) is the one that is looked at."""
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    config = KINDS[kind] | {
+        "d_model": d, "d_input": 32, "heads": 4, "memory_length": memory, "ticks": ticks, "n_synch_out": 12,
+        "n_synch_action": 9,
+    }  # fmt: skip
+    net, read = make("cuda", **config), tokens(10, batch, "cuda", 32)
+    exact_net, exact_read = copy.deepcopy(net).double(), read.detach().double().requires_grad_()
+    exact = flat(think(monkeypatch, "naive", exact_net, exact_read))
+    errors = {}
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        for path in ("auto", "naive"):
+            for _ in range(3 if path == "auto" else 1):
+                found = flat(think(monkeypatch, path, net, read))
+            errors[path] = [relative(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
+    torch.use_deterministic_algorithms(False)
+    assert all(fast <= 1.3 * plain + 1e-6 for fast, plain in zip(errors["auto"], errors["naive"], strict=True)), errors
+
+
+def flat(found) -> tuple[torch.Tensor, torch.Tensor]:
+    thought, grads = found
+    return thought.predictions.detach(), torch.cat([grads[name].double().flatten() for name in sorted(grads)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind, monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    net, read = make("cuda", **KINDS[kind]), tokens(device="cuda")
+    for _ in range(3):  # by launches, while it is recorded, replayed
+        compare(think(monkeypatch, "auto", net, read), think(monkeypatch, "naive", net, read), 2e-5)
+    with torch.no_grad():
+        fast = net(read, 60).predictions
+        monkeypatch.setenv("CTM_OPS", "naive")
+        assert relative(fast, net(read, 60).predictions) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_dropout_on_a_gpu(recompute, monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setenv("CTM_OPS", "auto")
+    net, read = make("cuda", dropout=0.3, recompute=recompute).train(), tokens(device="cuda").detach()
+    for seed in (5, 6, 7):
+        direction = [torch.randn_like(p) for p in net.parameters()]
+        losses = []
+        for step in (2e-3, -2e-3):
+            moved = copy.deepcopy(net)
+            with torch.no_grad():
+                for p, d in zip(moved.parameters(), direction, strict=True):
+                    p.add_(step * d)
+            torch.manual_seed(seed)
+            losses.append(float(moved(read).predictions.double().square().sum()))
+        torch.manual_seed(seed)
+        grads = torch.autograd.grad(net(read).predictions.square().sum(), list(net.parameters()))
+        along = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
+        assert along == pytest.approx((losses[0] - losses[1]) / 4e-3, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_with_the_length_of_a_thought():
+    net, read = make("cuda", d_model=512).eval(), tokens(device="cuda", batch=64).detach()
+    peaks = []
+    with torch.no_grad():
+        for ticks in (50, 50, 300):
+            net(read, ticks)
+            torch.cuda.reset_peak_memory_stats()
+            outputs = net(read, ticks)
+            peaks.append(torch.cuda.max_memory_allocated() - outputs.predictions.nbytes * 3)
+    assert peaks[2] < 1.05 * peaks[1]

@@ -497,7 +497,10 @@ class SVFConv2d(SVFLayer):
             weight = base.weight
             adapted = spectral.compose(weight.flatten(1), self.svf_basis.to(weight.dtype), d, "out")
             return base._conv_forward(x, adapted.view(weight.shape), base.bias)
-        return spectral.rescale(base(x).movedim(1, -1), self.svf_basis, d, base.bias).movedim(-1, 1)
+        y = base(x)
+        out = spectral.rescale(y.movedim(1, -1), self.svf_basis, d, base.bias).movedim(-1, 1)
+        # as the base lays it out: the convolutions that follow choose their algorithm, and its rounding, by that
+        return out.contiguous() if y.is_contiguous() else out
 
 
 class ParamWrapper(SVFLayer):
@@ -718,6 +721,9 @@ class SVFModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # everything is where it belongs, also for modules without a weight
+
     def _wrap_parameter(self, config, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         layer = next((part for part in (target, parent) if isinstance(part, ParamWrapper)), None)
         if layer is None:
@@ -725,7 +731,7 @@ class SVFModel(BaseTuner):
             layer.add_parameter(adapter_name, config, parameter_name)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
+            self._replace_module(parent, target_name, layer, target)
         else:
             layer.add_parameter(adapter_name, config, parameter_name)
 

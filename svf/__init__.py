@@ -1,5 +1,6 @@
 """Singular Value Fine-tuning (Transformer², arXiv 2501.06252) as a PEFT method; importing it registers "SVF"."""
 
+from svf.experts import Expert
 from svf.tuner import SVFConfig, SVFModel
 
-__all__ = ["SVFConfig", "SVFModel"]
+__all__ = ["Expert", "SVFConfig", "SVFModel"]

@@ -84,7 +84,7 @@ def test_forms_agree_with_the_merged_model(case, form):
 
 @pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
 def test_gradients_of_z_are_those_of_the_formula(case, form):
-    """dL/de_i = s_i u_i' G v_i with G the dense gradient of the weight, here by autograd through the composed weight."""
+    """dL/de_i = s_i u_i' G v_i with G the dense gradient of the weight, here by autograd through W'."""
     model = adapt(case, form=form)
     perturb(model, by=0.1)
     case(model).float().square().sum().backward()

@@ -53,6 +53,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor, at_least: float = 0.0) ->
     return float((ours - theirs).norm() / max(float(theirs.norm()), at_least, 1e-30))
 
 
+@pytest.fixture(autouse=True)
+def basis_cache(tmp_path_factory, monkeypatch):
+    """Spectral bases are kept for this run of the tests, not in the user's cache."""
+    monkeypatch.setenv("SVF_CACHE", str(tmp_path_factory.getbasetemp() / "bases"))
+
+
 @pytest.fixture
 def train(tmp_path):
     """Runs train.py in an empty folder. Returns the finished process, or with `wait=False` the running one."""

@@ -108,7 +108,7 @@ def test_rows_mix_in_bf16():
     exact_case, exact = case, model.float()
     with exact.mix(weights):
         expected = exact_case(exact)
-    assert relative(mixed, expected) < 3e-2
+    assert relative(mixed, expected) < 5e-2
 
 
 def test_a_step_needs_less_memory_than_lora():

@@ -16,11 +16,6 @@ from svf import SVFConfig, spectral
 from svf.tuner import SVFLayer
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SVF_CACHE", str(tmp_path / "bases"))
-
-
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]()

@@ -54,7 +54,9 @@ class Expert:
             raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
         z = {}
         for key, tensor in load_file(folder / WEIGHTS).items():
-            if "svf_z" not in key:
+            if ".svf_z" in key and not key.rpartition(".")[2].startswith("svf_z"):
+                continue  # PEFT before 0.20 wrote every adapter of the model into each one's file, by its name
+            if ".svf_z" not in key:
                 raise ValueError(f"{folder} also saved {key} in full; load it with PeftModel.from_pretrained")
             z[_parameter_name(key)] = tensor
         return cls(z, SVFConfig.from_pretrained(str(folder)))
@@ -114,9 +116,8 @@ def mix(experts: Sequence[Expert], weights: Sequence[Weight]) -> Expert:
     first = experts[0].config
     same_names = all(expert.z.keys() == experts[0].z.keys() for expert in experts)
     for other in (expert.config for expert in experts[1:]):
-        ours = (first.base_model_name_or_path, first.revision, *([first.basis_hash] if same_names else []))
-        theirs = (other.base_model_name_or_path, other.revision, *([other.basis_hash] if same_names else []))
-        if ours != theirs:
+        names = ("base_model_name_or_path", "revision", *(["basis_hash"] if same_names else []))
+        if any((getattr(first, name) or None) != (getattr(other, name) or None) for name in names):
             raise ValueError(f"experts of different bases cannot be mixed: {_base(first)} and {_base(other)}")
     total: dict[str, Tensor] = {}
     for expert, weight in zip(experts, weights, strict=True):

@@ -70,7 +70,7 @@ def test_quantized_base(kind, tmp_path):
 
     config = SVFConfig.from_pretrained(tmp_path / "expert")
     config.decomposition = where
-    with torch.no_grad():  # bitsandbytes multiplies otherwise where there is a gradient
-        adapted = case(model)
+    adapted = case(model)
     again = PeftModel.from_pretrained(model.unload(), tmp_path / "expert", config=config)
-    assert torch.equal(case(again), adapted)
+    # bitsandbytes multiplies in another way where nothing has a gradient
+    assert relative(case(again), adapted) < (1e-6 if kind.startswith("torchao") else 2e-2)

@@ -65,8 +65,26 @@ def compose(weight: Tensor, basis: Tensor, d: Tensor, side: str) -> Tensor:
     return weight + scaled @ (basis.mT @ weight)
 
 
+def _rescaled(x: Tensor, basis: Tensor, d: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x + Q(d * Qᵀ(x - bias)), and what its gradient needs: Qᵀ(x - bias), or x and Q diag(d) Qᵀ where that was made."""
+    flat = x.reshape(-1, x.shape[-1])
+    tokens, kept, shared = len(flat), basis.shape[-1], d.ndim == 1
+    if shared and tokens >= FOLD_FROM * kept:
+        folded = (basis * d) @ basis.T
+        out = torch.addmm(flat, flat, folded)
+        if bias is not None:
+            out -= bias @ folded
+        return out.view(x.shape), flat, folded
+    h = flat @ basis if bias is None else torch.addmm(-(bias @ basis), flat, basis)
+    if shared and tokens >= kept:  # cheaper on Q than on the tokens
+        out = torch.addmm(flat, h, (basis * d).T)
+    else:
+        out = torch.addmm(flat, _scale(h, d, x.shape), basis.T)
+    return out.view(x.shape), h, None
+
+
 class _Rescale(torch.autograd.Function):
-    """x + Q(d * Qᵀ(x - bias)) along the last axis, and its gradient, with as little kept and moved as possible.
+    """`_rescaled` and its gradient, with as little kept and moved as possible.
 
     `d` is (K,), one for all tokens, or broadcasts to (tokens..., K). Three ways, chosen by size:
     one d and many tokens: one product with Q diag(d) Qᵀ, made once; the gradient of d is the diagonal of
@@ -75,24 +93,10 @@ class _Rescale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, basis: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        kept = basis.shape[-1]
-        ctx.shared, ctx.fold = d.ndim == 1, d.ndim == 1 and len(flat) >= FOLD_FROM * kept
         d_cast = d.to(x.dtype)
-        if ctx.fold:
-            folded = (basis * d_cast) @ basis.T
-            out = torch.addmm(flat, flat, folded)
-            if bias is not None:
-                out -= bias @ folded
-            ctx.save_for_backward(basis, d_cast, bias, folded, flat if ctx.needs_input_grad[2] else None)
-        else:
-            h = flat @ basis if bias is None else torch.addmm(-(bias @ basis), flat, basis)
-            if ctx.shared and len(flat) >= kept:  # cheaper on Q than on the tokens
-                out = torch.addmm(flat, h, (basis * d_cast).T)
-            else:
-                out = torch.addmm(flat, _scale(h, d_cast, x.shape), basis.T)
-            ctx.save_for_backward(basis, d_cast, bias, None, h if ctx.needs_input_grad[2] else None)
-        return out.view(x.shape)
+        out, seen, folded = _rescaled(x, basis, d_cast, bias)
+        ctx.save_for_backward(basis, d_cast, bias, folded, seen if ctx.needs_input_grad[2] else None)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -102,7 +106,7 @@ class _Rescale(torch.autograd.Function):
         grad_x = grad_d = grad_bias = None
         flat = grad.reshape(-1, grad.shape[-1])
         total = flat.sum(0) if bias is not None else None
-        if ctx.fold:
+        if folded is not None:
             if need_x:
                 grad_x = torch.addmm(flat, flat, folded.T)
             if need_d:
@@ -149,11 +153,17 @@ def rescale(x: Tensor, basis: Tensor, d: Tensor, bias: Tensor | None = None) -> 
     Returns:
         (..., N) in the dtype of x, or of autocast where that is on. Equal to x, bit for bit, where d is 0.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _rescale_as(x.dtype, x, basis, d, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _Rescale.apply(x.to(dtype), basis.to(dtype), d, None if bias is None else bias.to(dtype))
+        return _rescale_as(torch.get_autocast_dtype(x.device.type), x, basis, d, bias)
+
+
+def _rescale_as(dtype: torch.dtype, x: Tensor, basis: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
+    x, basis, bias = x.to(dtype), basis.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or d.requires_grad):
+        return _Rescale.apply(x, basis, d, bias)
+    return _rescaled(x, basis, d.to(dtype), bias)[0]
 
 
 class _Multiply(torch.autograd.Function):

@@ -160,6 +160,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         self.unmerged: dict[str, Tensor] = {}  # the base's own tensors while others stand in for them
         self.digests: dict[str, str] = {}
         self.mixed_last = False
+        self.routed = re.search(r"(^|\.)experts?\.\d+(\.|$)", key) is not None
         self._disable_adapters = False
         self._active_adapter = adapter_name
 
@@ -270,12 +271,12 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     def total_shift(self, adapter_names: Sequence[str], name: str = "weight") -> Tensor | None:
         """Sum over adapters, None where none of them adapts this layer."""
-        shifts = [
-            self.shift_of(adapter, name)
-            for adapter in adapter_names
-            if adapter in self.experts and name in self.experts[adapter].kept
-        ]
-        return functools.reduce(torch.add, shifts) if shifts else None
+        total = None
+        for adapter in adapter_names:
+            if adapter in self.experts and name in self.experts[adapter].kept:
+                d = self.shift_of(adapter, name)
+                total = d if total is None else total + d
+        return total
 
     def shift_for(self, x: Tensor, name: str = "weight") -> Tensor | None:
         """d for an input: of the active adapters (K,), or of the mixture, then with as many axes as x where it differs.
@@ -290,10 +291,13 @@ class SVFLayer(nn.Module, BaseTunerLayer):
                     "a checkpointed forward under a mixture is recomputed without it; call backward inside `with "
                     "model.mix(...)`, or use the model's own gradient_checkpointing_enable"
                 )
-            self.mixed_last = False
+            if self.mixed_last:
+                self.mixed_last = False
             return self.total_shift(self.active_adapters, name)
-        self.mixed_last = True
-        here = [i for i, adapter in enumerate(mix.names) if name in getattr(self.experts.get(adapter), "kept", ())]
+        if not self.mixed_last:
+            self.mixed_last = True
+        experts = self.experts
+        here = [i for i, one in enumerate(mix.names) if one in experts and name in experts[one].kept]
         if not here:
             return None
         shifts = torch.stack([self.shift_of(mix.names[i], name) for i in here])
@@ -302,14 +306,16 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         else:
             self.check_rows()
             weights = mix.for_input(x, self.key)
-        weights = weights.to(shifts.device, torch.float32)
         if len(here) < len(mix.names):
             weights = weights[..., here]
-        return torch.tensordot(weights, shifts, dims=1)
+        weights = weights.to(shifts.device, torch.float32)
+        if shifts.ndim > 2:  # stacks of experts, one mixture
+            return torch.tensordot(weights, shifts, dims=1)
+        return weights @ shifts
 
     def check_rows(self) -> None:
         """Raises ValueError where the rows of a batch do not reach this layer in their order."""
-        if re.search(r"(^|\.)experts?\.\d+(\.|$)", self.key):
+        if self.routed:
             raise ValueError(
                 f"{self.key} sees tokens in its router's order, so rows cannot be mixed there; leave it out of "
                 "target_modules, or give one mixture for all rows"
@@ -317,8 +323,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     @property
     def form(self) -> str:
-        active = [self.experts[name].config.form for name in self.active_adapters if name in self.experts]
-        return active[0] if active and active[0] != "auto" else "one_sided"
+        for name in self.active_adapters:
+            if name in self.experts:
+                form = self.experts[name].config.form
+                return "one_sided" if form == "auto" else form
+        return "one_sided"
 
     # Merging
 
@@ -431,7 +440,7 @@ class SVFLinear(SVFLayer):
             return F.linear(x, self._composed(d), self.bias)
         if form == "factored":
             return self._factored(x, d)
-        if self.side("weight") == "in":
+        if self.out_features >= self.in_features:
             return self.base_layer(spectral.rescale(x, self.svf_basis, d), *args, **kwargs)
         return spectral.rescale(self.base_layer(x, *args, **kwargs), self.svf_basis, d, self.bias)
 

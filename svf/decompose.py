@@ -112,8 +112,8 @@ def solve(weight: Tensor, solver: str = "eigh", device: str | torch.device | Non
     Returns:
         fp64, on the device where it was computed. The side is the shorter one; the input side where both are equal.
     """
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
+    if device is None and torch.cuda.is_available() and not weight.is_cuda:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if weight.ndim > 2:  # one at a time: a stack of experts would not fit in fp64
         parts = [solve(part, solver, device) for part in weight]
         return Basis(*(torch.stack(column) for column in zip(*parts, strict=True)))
@@ -144,8 +144,8 @@ def digest(weight: Tensor) -> str:
 
 
 def digests(matrices: list[Matrix]) -> list[str]:
-    """`digest` of every matrix, in threads: hashing releases the interpreter."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    """`digest` of every matrix, in threads (hashing releases the interpreter) that hold one matrix each."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda matrix: digest(matrix.load()), matrices))
 
 

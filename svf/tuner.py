@@ -123,8 +123,8 @@ class SVFConfig(PeftConfig):
         self.init_std = (0.01 if sigmoid else 0.0) if self.init_std is None else self.init_std
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what belongs to this machine alone."""
-        return {key: value for key, value in super().to_dict().items() if key != "decomposition"}
+        """Without what belongs to this machine or to one loading alone."""
+        return {key: value for key, value in super().to_dict().items() if key not in ("decomposition", "check_basis")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -613,13 +613,27 @@ def _reads_weight(kind: type, child: str) -> bool:
     return False
 
 
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a linear layer, perhaps with a forward of its own, does what its weight and bias say."""
+    if type(module).forward is nn.Linear.forward or is_quantized(module):
+        return True
+    if module.weight.is_meta:
+        return False
+    x = torch.randn(2, module.in_features).to(module.weight)
+    out, expected = module(x), F.linear(x, module.weight, module.bias)
+    return (
+        isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, rtol=0.05, atol=0.05)
+    )
+
+
 def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     """Why a matched module must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
     if _reads_weight(type(parent), name):
         return f"{type(parent).__name__} reads its weight itself"
-    if isinstance(target, nn.Linear) and type(target).forward is not nn.Linear.forward and not is_quantized(target):
+    if isinstance(target, nn.Linear) and not _is_linear(target):
         return f"{type(target).__name__} is more than a linear layer"
     sharing = owners.get(id(getattr(target, "weight", None)), [])
     return f"tied: its weight is {' and '.join(sharing)}" if len(sharing) > 1 else None
@@ -898,7 +912,8 @@ class SVFModel(BaseTuner):
                 the experts were added; or a dict, expert -> number, for all rows.
 
         Raises:
-            ValueError: for an unknown name, or a number of experts, rows or tokens that is not the model's.
+            ValueError: for an unknown name, or a number of experts, rows or tokens that is not the model's; where an
+                adapter saved whole modules.
         """
         names = tuple(self.peft_config)
         if isinstance(weights, Mapping):
@@ -911,6 +926,10 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 f"weights of shape {tuple(weights.shape)} do not fit {len(names)} experts ({', '.join(names)}): give "
                 "(experts,), (rows, experts) or (rows, tokens, experts)"
+            )
+        if saved := [name for name in names if self.peft_config[name].modules_to_save]:
+            raise ValueError(
+                f"{saved[0]!r} has modules of its own (modules_to_save), which cannot be mixed; delete it first"
             )
         parameter = next(self.model.parameters(), weights)
         mixture = Mix(names, weights.to(parameter.device))

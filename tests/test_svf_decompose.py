@@ -153,6 +153,32 @@ def test_killed_at_any_point_goes_on(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 6
 
 
+RANKED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from peft import get_peft_model
+from svf import SVFConfig, decompose
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4)))
+solve, count = decompose.solve, []
+decompose.solve = lambda *args: (count.append(1), solve(*args))[1]
+model = get_peft_model(model, SVFConfig(target_modules="all-linear", decomposition={{"cache": {cache!r}}}))
+assert torch.isfinite(sum(layer.svf_values.sum() for layer in model.base_model.layers()))
+open({cache!r} + f"/rank{{torch.distributed.get_rank()}}", "w").write(str(len(count)))
+"""
+
+
+@pytest.mark.slow
+def test_a_distributed_run_shares_the_work(tmp_path):
+    script = tmp_path / "ranked.py"
+    script.write_text(RANKED.format(tests=os.path.dirname(__file__), cache=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    subprocess.run([*launch, str(script)], check=True, capture_output=True, timeout=300)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
 def test_half_written_files_are_not_read(tmp_path):
     options = DecompositionOptions(cache=str(tmp_path))
     aside = tmp_path / f"{decompose.SOLVER}-x.1.tmp"

@@ -160,6 +160,10 @@ def test_refusals():
         case(model)
     with model.mix(torch.ones(3)), pytest.raises(ValueError, match="a mixture already"), model.mix(torch.ones(3)):
         pass
+    model.add_adapter("d", SVFConfig(**case.targets, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="'d' has modules of its own"), model.mix(torch.ones(4)):
+        pass
+    model.delete_adapter("d")
     model.merge_adapter()
     with model.mix(torch.ones(3)), pytest.raises(ValueError, match="call unmerge_adapter"):
         case(model)

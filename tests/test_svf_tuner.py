@@ -344,6 +344,22 @@ def test_modules_to_save(tmp_path):
     assert torch.equal(case(PeftModel.from_pretrained(model.unload(), tmp_path)), adapted)
 
 
+def test_kinds_of_linear_layers():
+    """A subclass is adapted where it computes what a linear layer does."""
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.warns(UserWarning, match="Scaled is more than a linear layer"):
+        model = get_peft_model(nn.Sequential(Same(6, 4), Scaled(4, 4)), SVFConfig(target_modules="all-linear"))
+    assert [layer.key for layer in model.base_model.layers()] == ["0"]
+
+
 class Reader(nn.Module):
     """Reads the weight of one child, looks at the dtype of another."""
 

@@ -22,7 +22,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,7 +115,10 @@ class SVFConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        pattern = (
+            isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
+        )
+        if pattern and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
@@ -680,7 +688,12 @@ class SVFModel(BaseTuner):
             return peft_config
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             linear = all_linear(self.model)
-            if peft_config.layers_to_transform is not None or not isinstance(self.model, PreTrainedModel):
+            if peft_config.layers_to_transform is not None:  # PEFT does not count layers of full names
+                ends = replace(peft_config, target_modules={name.rpartition(".")[2] for name in linear})
+                linear = {name for name in linear if check_target_module_exists(ends, name)}
+                peft_config.target_modules = linear
+                peft_config.layers_to_transform = peft_config.layers_pattern = None
+            elif not isinstance(self.model, PreTrainedModel):  # which PEFT before 0.20 refuses
                 peft_config.target_modules = linear
             return peft_config
         if targets is None and model_config.get("model_type") not in TARGETS:

@@ -320,6 +320,9 @@ def test_targets():
     assert adapted(target_modules=["up_proj"], layers_to_transform=[1]) == ["model.layers.1.mlp.up_proj"]
     assert adapted(target_modules=r".*\.0\..*q_proj") == ["model.layers.0.self_attn.q_proj"]
     assert len(adapted(target_modules="all-linear")) == 14
+    upper = adapted(target_modules="all-linear", layers_to_transform=[1], exclude_modules=["v_proj"])
+    assert len(upper) == 6
+    assert all(".layers.1." in key for key in upper)
     assert len(adapted(target_modules="all-linear", exclude_modules=["q_proj"])) == 12
     with pytest.raises(ValueError, match="layers_to_transform needs"):
         SVFConfig(target_modules="x", layers_to_transform=[0])

@@ -4,6 +4,7 @@ No number is printed unless the parity checks passed in the same run. Shapes are
 GPU, small ones elsewhere. Timing needs no true singular vectors, any orthogonal matrices cost the same; the part
 `decompose` times the real thing.
 
+    accuracy    bf16 logits of merged and unmerged adapters against fp32 arithmetic
     step        a training step (forward, backward, AdamW) and its peak memory
     decode      tokens a second of `generate`, and a prefill, without adapter, with, merged, mixed by row
     switch      changing a mixture, and set_adapter beside PEFT's IA3
@@ -142,6 +143,27 @@ def parity() -> list[str]:
                         wrong.append(f"{name} of {form} off by {error:.2g} ({n_out}x{n_in}, {tokens} tokens, {dtype})")
                 linear = model.unload()
     return wrong
+
+
+@torch.no_grad()
+def accuracy(seeds: int = 5) -> None:
+    """Error of bf16 logits against fp32 arithmetic with the same weights and z: adapter unmerged, and merged."""
+    ratios = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=4)).to(DEVICE, torch.bfloat16).eval()
+        options = {"cache": False, "progress": False}
+        adapted = get_peft_model(model, SVFConfig(target_modules="all-linear", init_std=0.1, decomposition=options))
+        ids = torch.randint(SMALL["vocab_size"], (8, 64), device=DEVICE)
+        unmerged = adapted(input_ids=ids).logits.float()
+        adapted.merge_adapter()
+        merged = adapted(input_ids=ids).logits.float()
+        adapted.unmerge_adapter()
+        exact = adapted.float()(input_ids=ids).logits
+        errors = [float((logits - exact).square().mean().sqrt()) for logits in (unmerged, merged)]
+        ratios.append(errors[1] / errors[0])
+        say("accuracy", seed=seed, unmerged_rms=errors[0], merged_rms=errors[1], ratio=ratios[-1])
+    say("accuracy", lowest=min(ratios), highest=max(ratios))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +364,7 @@ def solve(model: nn.Module, targets: str) -> tuple[float, nn.Module]:
     return taken, adapted
 
 
-PARTS = ("step", "decode", "switch", "decompose")
+PARTS = ("accuracy", "step", "decode", "switch", "decompose")
 METHODS = ("one_sided", "one_sided unfolded", "lora r16", "factored", "merged", "full", "published")
 
 
@@ -367,6 +389,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if GPU else "CPU"
     print(f"parity passed; {name}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}", flush=True)
     parts = args.parts or PARTS
+    if "accuracy" in parts:
+        accuracy()
     if "decompose" in parts:
         decomposition(args.layers)
         free()

@@ -1,10 +1,12 @@
 """Bases: exact, in other machines' last bits, cached, killed and resumed, shared among ranks, from checkpoints."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -103,6 +105,26 @@ def test_cached_once(tmp_path, monkeypatch):
         w = w if decompose.side_of(m.shape) == "in" else w.T
         assert relative((w @ basis.vectors.double()).norm(dim=0), basis.values) < 1e-6
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_one_matrix_in_memory_at_a_time(tmp_path):
+    live, most = [0], [0]
+
+    def load(seed):
+        weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
+        live[0] += 1
+        most[0] = max(most[0], live[0])
+        weakref.finalize(weight, lambda: live.__setitem__(0, live[0] - 1))
+        return weight
+
+    matrices = [Matrix(f"m{i}", (512, 512), functools.partial(load, i)) for i in range(8)]
+    options = DecompositionOptions(cache=str(tmp_path))
+    known = decompose.digests(matrices)
+    assert most[0] <= 4  # threads
+    most[0] = 0
+    decompose.fill(matrices, options, known)
+    assert most[0] == 1
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_ranks_share_the_work(tmp_path, monkeypatch):

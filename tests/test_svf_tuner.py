@@ -92,7 +92,7 @@ def test_gradients_of_z_are_those_of_the_formula(case, form):
         assert relative(found[name], z.grad, at_least=1e-4) < 1e-3, name
 
 
-@pytest.mark.parametrize("tokens", [5, 40, 200])
+@pytest.mark.parametrize("tokens", [5, 12, 40, 200])
 @pytest.mark.parametrize("rows", [False, True], ids=["shared", "per-row"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rescaling_matches_autograd(tokens, rows, bias):

@@ -1,6 +1,7 @@
 """Expert files, their algebra, export to LoRA, published files, and the command line."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,13 @@ def test_published_files(tmp_path, capsys):
     torch.save({names[0]: logits[0][:5]}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="has 32 singular values"):
         svf("convert", tmp_path / "odd.pt", tmp_path / "x", "--base", tmp_path / "base")
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (Path(__file__).parent.parent / "README.md").read_text().split("## SVF adapters")[1].split("\n## ")[0]
+    exec(section.split("```python\n")[1].split("```")[0], {})
+    assert {path.name for path in (tmp_path / "experts").iterdir()} >= {"math", "code", "both"}
 
 
 def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):

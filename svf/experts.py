@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svf import decompose, spectral
+from svf.config import SVFConfig
 from svf.decompose import DecompositionOptions, Matrix
-from svf.tuner import ParamWrapper, SVFConfig, SVFConv2d, SVFLayer, SVFLinear, SVFModel
+from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear
+from svf.tuner import SVFModel
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from svf import Expert, SVFConfig, experts
 from svf.__main__ import main, parser
-from svf.tuner import SVFLayer
+from svf.layers import SVFLayer
 
 
 @pytest.fixture(params=["llama", "gpt2", "moe", "resnet", "ctm"])

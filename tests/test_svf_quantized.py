@@ -8,7 +8,7 @@ from svf_models import Case, llama
 from test_svf_tuner import perturb, zs
 
 from svf import SVFConfig
-from svf.tuner import is_quantized
+from svf.layers import is_quantized
 
 
 def int8(model):

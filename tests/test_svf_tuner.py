@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svf import SVFConfig, spectral
-from svf.tuner import SVFLayer
+from svf.layers import SVFLayer
 
 
 @pytest.fixture(params=CASES)

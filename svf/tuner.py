@@ -106,6 +106,8 @@ class SVFModel(BaseTuner):
         self.skipped: dict[str, str] = {}
         """Matched modules that were left alone, and why."""
         self._owners: dict[int, list[str]] = {}
+        self._switched: list[SVFLayer] | None = None  # what `set_adapter` goes over; found when first needed
+        self._checkpointing: list[nn.Module] | None = None  # what may recompute its forward; likewise
         super().__init__(model, config, adapter_name, **kwargs)
         self._hook = self.model.register_forward_pre_hook(self.mixing.see, with_kwargs=True)
         self._bring_mixtures_along()
@@ -144,7 +146,7 @@ class SVFModel(BaseTuner):
         Raises:
             ValueError: where no target could be adapted, or the adapter belongs to another base.
         """
-        self.skipped = {}
+        self.skipped, self._switched, self._checkpointing = {}, None, None
         self._owners = _parameter_owners(model)
         config = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -269,6 +271,22 @@ class SVFModel(BaseTuner):
             )
 
     # Experts
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
+        if any(config.modules_to_save for config in self.peft_config.values()):
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        if self._switched is None:
+            self._switched = list(self.layers())
+        for layer in self._switched:  # not over all modules of the model, which takes longer than the rest
+            if layer.merged:
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                )
+                layer.unmerge()
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def add_weighted_adapter(
         self,
@@ -423,8 +441,12 @@ class SVFModel(BaseTuner):
             yield
 
     def _bring_mixtures_along(self) -> None:
-        for module in self.model.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        """Recomputation under gradient checkpointing uses the mixture of its forward, whenever it was switched on."""
+        if self._checkpointing is None:
+            can = "gradient_checkpointing"
+            self._checkpointing = [m for m in self.model.modules() if can in vars(m) or hasattr(type(m), can)]
+        for module in self._checkpointing:
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
             if checkpoint is not None and not isinstance(checkpoint, Replay):
                 module._gradient_checkpointing_func = Replay(checkpoint, self.mixing)
 
@@ -434,7 +456,7 @@ class SVFModel(BaseTuner):
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         self._hook.remove()
         for module in self.model.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
             if isinstance(checkpoint, Replay):
                 module._gradient_checkpointing_func = checkpoint.checkpoint
         return unloaded

@@ -205,7 +205,7 @@ def test_a_backward_pass_that_comes_too_late_says_so(monkeypatch):
     loss = net(read).predictions.sum()
     loss.backward(retain_graph=True)
     net(read).predictions.sum().backward()
-    with pytest.raises(RuntimeError, match="think again first|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"think again first|modified by an inplace operation"):
         loss.backward()
 
 

@@ -1,0 +1,376 @@
+"""Experts as files and as algebra.
+
+An expert is what `save_pretrained` writes: `adapter_model.safetensors` (z by parameter name) and `adapter_config.json`
+(parametrisation, base and revision, basis hash). `Expert` handles one without its base model:
+
+    math, code = Expert.load("math"), Expert.load("code")
+    (0.6 * math + 0.4 * code).save("both")
+    mix([math, code], [{"*.down_proj.*": 1.0, "*": 0.2}, 0.5]).save("by-layer")
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from svf import decompose, spectral
+from svf.config import SVFConfig
+from svf.decompose import DecompositionOptions, Matrix
+from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear
+from svf.tuner import SVFModel
+
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+Weight = float | Mapping[str, float]
+"""How much of an expert: a number, or numbers by pattern of parameter names, the first match counts."""
+
+
+@dataclass
+class Expert:
+    """z by parameter name (`model.layers.0.mlp.up_proj.weight`), and how it is to be read."""
+
+    z: dict[str, Tensor]
+    config: SVFConfig
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Expert":
+        """Reads an adapter folder.
+
+        Raises:
+            FileNotFoundError: where it holds no expert.
+            ValueError: where it holds an adapter of another kind, or one that saved whole modules with it.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is no expert: it has no {name}")
+        kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
+        if kind != "SVF":
+            raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
+        z = {}
+        for key, tensor in load_file(folder / WEIGHTS).items():
+            if ".svf_z" in key and not key.rpartition(".")[2].startswith("svf_z"):
+                continue  # PEFT before 0.20 wrote every adapter of the model into each one's file, by its name
+            if ".svf_z" not in key:
+                raise ValueError(f"{folder} also saved {key} in full; load it with PeftModel.from_pretrained")
+            z[_parameter_name(key)] = tensor
+        return cls(z, SVFConfig.from_pretrained(str(folder)))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes an adapter folder that `PeftModel.from_pretrained` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = self.whole()
+        tensors = {_key(name, name in whole): z.float().contiguous() for name, z in self.z.items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        self.config.save_pretrained(str(folder))
+
+    def whole(self) -> set[str]:
+        """Names of parameters that are adapted as whole weights (`target_parameters`)."""
+        ends = tuple(self.config.target_parameters or ())
+        return {name for name in self.z if name.endswith(tuple(f".{end}" for end in ends)) or name in ends}
+
+    def shifts(self) -> dict[str, Tensor]:
+        """e - 1 by parameter name.
+
+        Raises:
+            ValueError: for a normalised expert, whose multipliers depend on the base's singular values.
+        """
+        c = self.config
+        if c.normalize != "none":
+            raise ValueError(
+                f"this expert is normalised ({c.normalize}), its multipliers depend on its base: load it there and use "
+                "add_weighted_adapter or svf.experts.from_model"
+            )
+        return {name: spectral.shift(z, z, c.parametrization, "none", c.max_mult) for name, z in self.z.items()}
+
+    def __mul__(self, weight: Weight) -> "Expert":
+        return mix([self], [weight])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "Expert") -> "Expert":
+        return mix([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: "Expert") -> "Expert":
+        return mix([self, other], [1.0, -1.0])
+
+
+def mix(experts: Sequence[Expert], weights: Sequence[Weight]) -> Expert:
+    """e = 1 + sum w (e_k - 1), as an ordinary expert (residual, no normalisation).
+
+    Args:
+        experts: all of the same base.
+        weights: one for each: a number, or numbers by pattern, such as {"*.layers.0.*": 0.5, "*": 1.0}.
+
+    Raises:
+        ValueError: for experts of different bases, normalised ones, or a parameter that no pattern matches.
+    """
+    if len(experts) != len(weights) or not experts:
+        raise ValueError(f"{len(experts)} experts need as many weights, got {len(weights)}")
+    first = experts[0].config
+    same_names = all(expert.z.keys() == experts[0].z.keys() for expert in experts)
+    for other in (expert.config for expert in experts[1:]):
+        names = ("base_model_name_or_path", "revision", *(["basis_hash"] if same_names else []))
+        if any((getattr(first, name) or None) != (getattr(other, name) or None) for name in names):
+            raise ValueError(f"experts of different bases cannot be mixed: {_base(first)} and {_base(other)}")
+    total: dict[str, Tensor] = {}
+    for expert, weight in zip(experts, weights, strict=True):
+        for name, d in expert.shifts().items():
+            part = _weight_for(weight, name) * d
+            if name in total and total[name].shape != part.shape:
+                raise _different_directions()
+            total[name] = total[name] + part if name in total else part
+    if len({expert.config.top_k for expert in experts}) > 1:
+        raise _different_directions()
+    whole = set().union(*(expert.whole() for expert in experts))
+    config = replace(
+        first,
+        target_modules={name.removesuffix(".weight") for name in total if name not in whole},
+        target_parameters=sorted(whole) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        parametrization="residual",
+        normalize="none",
+        init=0.0,
+        init_std=0.0,
+        basis_hash=first.basis_hash if same_names else None,  # a union's is found when it is first loaded
+    )
+    return Expert(total, config)
+
+
+def interpolate(a: Expert, b: Expert, t: float) -> Expert:
+    """From a (t = 0) to b (t = 1)."""
+    return mix([a, b], [1 - t, t])
+
+
+def from_model(model: PeftModel | SVFModel, adapter_name: str = "default") -> Expert:
+    """The expert of a loaded adapter, in effective multipliers: residual, whatever it was before."""
+    layers = _layers(model, adapter_name)
+    config = replace(
+        model.peft_config[adapter_name],
+        parametrization="residual",
+        normalize="none",
+        init=0.0,
+        init_std=0.0,
+        target_modules={layer.key for layer in layers if not isinstance(layer, ParamWrapper)},
+        target_parameters=[f"{x.key}.{n}" for x in layers if isinstance(x, ParamWrapper) for n in x.names()] or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    z = {
+        f"{layer.key}.{name}": layer.shift_of(adapter_name, name)[..., :kept].detach().cpu().clone()
+        for layer in layers
+        for name, kept in layer.experts[adapter_name].kept.items()
+    }
+    return Expert(z, config)
+
+
+def _weight_for(weight: Weight, name: str) -> float:
+    if not isinstance(weight, Mapping):
+        return weight
+    for pattern, value in weight.items():
+        if fnmatch(name, pattern):
+            return value
+    raise ValueError(f"no pattern of {', '.join(weight)} matches {name}; add '*' for all others")
+
+
+def _different_directions() -> ValueError:
+    return ValueError("experts of different top_k are mixed on their base: load them and use add_weighted_adapter")
+
+
+def _base(config: SVFConfig) -> str:
+    at = f" at {config.revision}" if config.revision else ""
+    return f"{config.base_model_name_or_path or 'an unnamed base'}{at} (basis {(config.basis_hash or 'unknown')[:12]})"
+
+
+def _parameter_name(key: str) -> str:
+    """base_model.model.model.layers.0.mlp.up_proj.svf_z -> model.layers.0.mlp.up_proj.weight"""
+    module, _, z = key.removeprefix(PREFIX).rpartition(".")
+    return f"{module}.{z.removeprefix('svf_z').removeprefix('_') or 'weight'}"
+
+
+def _key(name: str, whole: bool) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{PREFIX}{module}.svf_z{f'_{parameter}' if whole else ''}"
+
+
+def _layers(model: PeftModel | SVFModel, adapter_name: str) -> list[SVFLayer]:
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"there is no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}")
+    return [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.experts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export: the change of every weight is an SVD already, so its best approximation of rank r is at hand
+
+
+@torch.no_grad()
+def export_lora(
+    model: PeftModel | SVFModel, folder: str | Path, rank: int, adapter_name: str = "default"
+) -> dict[str, float]:
+    """Writes an expert as a PEFT LoRA of rank `rank`: the directions with the largest |s (e - 1)|.
+
+    Returns:
+        The share of the change's energy (squared Frobenius norm) that is kept, by module.
+
+    Raises:
+        ValueError: where 3-D parameters or grouped convolutions are adapted, which a LoRA has no form for.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
+    tensors, kept = {}, {}
+    layers = _layers(model, adapter_name)
+    transposed = {layer.fan_in_fan_out for layer in layers if isinstance(layer, SVFLinear)}
+    for layer in layers:
+        base = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper) or (isinstance(layer, SVFConv2d) and base.groups > 1):
+            raise ValueError(
+                f"{layer.key} ({type(base).__name__}) cannot be exported to LoRA; merge the expert instead"
+            )
+        a, b, kept[layer.key] = _low_rank(layer, adapter_name, rank)
+        if isinstance(layer, SVFConv2d):
+            a, b = a.view(rank, *base.weight.shape[1:]), b.view(-1, rank, 1, 1)
+        dtype = base.weight.dtype
+        tensors[f"{PREFIX}{layer.key}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
+        tensors[f"{PREFIX}{layer.key}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+    source = model.peft_config[adapter_name]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[layer.key for layer in layers],
+        fan_in_fan_out=transposed == {True},
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    return kept
+
+
+def _low_rank(layer: SVFLayer, adapter_name: str, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A (rank, n_in), B (n_out, rank) and the share of energy kept; zero rows where the matrix has fewer directions."""
+    d = layer.shift_of(adapter_name)
+    energy = (layer.svf_values * d).square()
+    best = energy.topk(min(rank, len(d))).indices
+    own = layer._own_matrix("weight")
+    q = layer.svf_basis[:, best].to(own.dtype)
+    if layer.side("weight") == "in":
+        a, b = q.T, (own @ q) * d[best]
+    else:
+        a, b = q.T @ own, q * d[best]
+    missing = rank - len(best)
+    share = float(energy[best].sum() / energy.sum()) if energy.sum() > 0 else 1.0
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)), share
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Base models by name or folder
+
+
+def base_folder(model: str | Path, weights: bool = True) -> Path:
+    """Folder of a checkpoint; one of the Hub is fetched first, without its weights where they are not needed."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    return Path(snapshot_download(str(model), allow_patterns=patterns))
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The checkpoint's model on the meta device: names and shapes without weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+
+
+def load_base(folder: Path) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype="auto")
+
+
+def checkpoint_matrices(
+    folder: Path, targets: str | list[str] | None, dtype: torch.dtype | None = None
+) -> list[Matrix]:
+    """What an SVF adapter with these targets would decompose, to be read from the checkpoint one at a time.
+
+    Raises:
+        KeyError: where the checkpoint stores a weight otherwise than the model holds it.
+    """
+    model = SVFModel(skeleton(folder), SVFConfig(target_modules=targets), "default")
+    tensors = decompose.checkpoint_tensors(folder)
+    found = [decompose.in_checkpoint(layer.matrix(name), tensors) for layer in model.layers() for name in layer.names()]
+    return found if dtype is None else [replace(m, load=lambda load=m.load: load().to(dtype)) for m in found]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published implementation's files
+
+
+def convert_published(path: str | Path, base: str | Path) -> Expert:
+    """`policy_params.pt` (positional) or `learnable_params.pt` (by name) of the published code -> an expert.
+
+    Both hold logits in bf16, read as sigmoid with the nuclear norm kept. Positions count the matrices of the MLPs in
+    the order of the base's state dict.
+
+    Raises:
+        ValueError: where the file is neither, or does not fit the base.
+    """
+    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    folder = base_folder(base)
+    model = skeleton(folder)
+    shapes = {n: p.shape for n, p in model.state_dict().items() if p.ndim == 2}
+    if all(key.startswith("learnable_params_module_list.") for key in stored):
+        names = [name for name in shapes if "mlp" in name]
+        numbers = sorted(int(key.rpartition(".")[2]) for key in stored)
+        if numbers != list(range(len(names))):
+            raise ValueError(f"{path} has {len(numbers)} vectors, the MLPs of {base} have {len(names)} matrices")
+        z = {name: stored[f"learnable_params_module_list.{i}"] for i, name in enumerate(names)}
+    else:
+        z = dict(stored)
+        if unknown := [name for name in z if name not in shapes]:
+            raise ValueError(f"{path} adapts {unknown[0]}, which {base} does not have")
+    for name, vector in z.items():
+        if not isinstance(vector, Tensor) or vector.shape != (min(shapes[name]),):
+            raise ValueError(f"{path} does not fit {base}: {name} has {min(shapes[name])} singular values")
+    modules = {name.removesuffix(".weight") for name in z}
+    suffixes = {module.rpartition(".")[2] for module in modules}
+    matched = {n for n, m in model.named_modules() if n.rpartition(".")[2] in suffixes}
+    config = SVFConfig(
+        target_modules=sorted(suffixes if matched == modules else modules),
+        parametrization="sigmoid",
+        normalize="nuclear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+    )
+    tensors = decompose.checkpoint_tensors(folder)
+    matrices = [decompose.in_checkpoint(Matrix(name, tuple(shapes[name]), lambda: None), tensors) for name in z]
+    config.basis_hash = decompose.basis_hash(dict(zip(z, decompose.digests(matrices), strict=True)))
+    return Expert({name: vector.detach().float() for name, vector in z.items()}, config)
+
+
+def fill_cache(model: str | Path, targets: str | list[str] | None, options: DecompositionOptions, dtype=None) -> str:
+    """Decomposes a checkpoint into the cache. Returns the basis hash."""
+    matrices = checkpoint_matrices(base_folder(model), targets, dtype)
+    known = decompose.fill(matrices, options)
+    return decompose.basis_hash({m.name: key for m, key in zip(matrices, known, strict=True)})

@@ -311,7 +311,7 @@ def test_a_short_training_beats_chance_by_far(train, tmp_path):
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu(train, tmp_path):
-    printed = ok(train(*TINY, "run=g", "trainer.accelerator=gpu", "trainer.max_steps=6"))
+    printed = ok(train(*TINY, "run=g", "trainer.accelerator=gpu", "trainer.logger=false", "trainer.max_steps=6"))
     assert "of 16 unseen test samples" in printed
     ok(train("task=maze", "run=g", "ckpt_path=last", "trainer.max_steps=9"))
     assert checkpoint(tmp_path / "runs/maze/g")["global_step"] == 9

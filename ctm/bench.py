@@ -121,7 +121,7 @@ class Case:
         loss.backward()
         self.optimizer.step()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def think(self) -> None:
         self.model.eval()
         self.forward()

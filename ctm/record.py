@@ -33,8 +33,9 @@ class Recording:
         self.ticks.setdefault("sync_out", []).extend(sync_BTR.transpose(0, 1))
         if s.n_pairs:
             self.ticks.setdefault("sync_action", []).extend(work.s.clone())
-        read_at = [(t, read) for t, read in enumerate(s.reads) if read >= 0]
-        self.ticks.setdefault("attention", []).extend(work.p[read][t].unsqueeze(-2).clone() for t, read in read_at)
+        for t, read in enumerate(s.reads):
+            if read >= 0:
+                self.keep("attention", work.p[read][t].unsqueeze(-2).clone())
 
     def stack(self, name: str, last: int | None = None) -> Tensor | None:
         values = self.ticks.get(name)

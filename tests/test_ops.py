@@ -28,9 +28,9 @@ KINDS = {
 }
 
 
-def make(device: str = "cpu", **config) -> CTM:
+def make(device: str = "cpu", seed: int = 0, **config) -> CTM:
     """A model whose every part matters: nothing at its initial value."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = CTM(CTMConfig(**SMALL | config), (5, 3))
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -93,6 +93,9 @@ def test_a_read_for_each_tick_and_a_state_to_go_on_from(kind, monkeypatch):
     fast, plain = (think(monkeypatch, path, net, reads, state=state) for path in ("auto", "naive"))
     compare(fast, plain)
     assert "read1" in fast[1] and "read2" in fast[1]
+    with torch.no_grad():
+        state = net(second, 3).state
+    compare(*(think(monkeypatch, path, net, reads, state=state) for path in ("auto", "naive")))
 
 
 def test_ready_vectors_alone(monkeypatch):
@@ -184,6 +187,19 @@ def test_what_is_recorded(monkeypatch):
         fast, plain = (getattr(seen[path], name) for path in ("auto", "naive"))
         assert fast.shape == plain.shape and relative(fast, plain) < 1e-5, name
     assert not net.recordings
+
+
+def test_inference_mode_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    ops.clear()
+    net, read = make(), tokens()
+    with torch.inference_mode():
+        inside = net(read.detach()).predictions.clone()
+    with torch.no_grad():
+        assert torch.equal(net(read).predictions, inside)
+    net(read).predictions.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(net(read.detach()).predictions, inside)
 
 
 def test_numbers_of_one_thought_stay_when_another_follows(monkeypatch):
@@ -355,17 +371,18 @@ def test_kernels_are_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, d
         "d_model": d, "d_input": 32, "heads": 4, "memory_length": memory, "ticks": ticks, "n_synch_out": 12,
         "n_synch_action": 9,
     }  # fmt: skip
-    net, read = make("cuda", **config), tokens(10, batch, "cuda", 32)
-    exact_net, exact_read = copy.deepcopy(net).double(), read.detach().double().requires_grad_()
-    exact = flat(think(monkeypatch, "naive", exact_net, exact_read))
-    errors = {}
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        for path in ("auto", "naive"):
-            for _ in range(3 if path == "auto" else 1):
-                found = flat(think(monkeypatch, path, net, read))
-            errors[path] = [relative(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
+    errors = {"auto": torch.zeros(2), "naive": torch.zeros(2)}
+    for seed in range(4):  # the error of one thought is a draw of chance: the mean of some is compared
+        net, read = make("cuda", seed, **config), tokens(10, batch, "cuda", 32, seed)
+        exact_net, exact_read = copy.deepcopy(net).double(), read.detach().double().requires_grad_()
+        exact = flat(think(monkeypatch, "naive", exact_net, exact_read))
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            for path in ("auto", "naive"):
+                for _ in range(3 if path == "auto" else 1):
+                    found = flat(think(monkeypatch, path, net, read))
+                errors[path] += torch.tensor([relative(*pair) for pair in zip(found, exact, strict=True)]) / 4
     torch.use_deterministic_algorithms(False)
-    assert all(fast <= 1.3 * plain + 1e-6 for fast, plain in zip(errors["auto"], errors["naive"], strict=True)), errors
+    assert bool((errors["auto"] <= 1.3 * errors["naive"] + 1e-6).all()), errors
 
 
 def flat(found) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,8 +395,11 @@ def flat(found) -> tuple[torch.Tensor, torch.Tensor]:
 def test_on_a_gpu(kind, monkeypatch):
     torch.set_float32_matmul_precision("highest")
     net, read = make("cuda", **KINDS[kind]), tokens(device="cuda")
-    for _ in range(3):  # by launches, while it is recorded, replayed
-        compare(think(monkeypatch, "auto", net, read), think(monkeypatch, "naive", net, read), 2e-5)
+    for seed in range(3):  # by launches, while it is recorded, replayed
+        with torch.no_grad():
+            state = net(tokens(device="cuda", seed=seed), 2).state
+        fast, plain = (think(monkeypatch, path, net, read, state=state) for path in ("auto", "naive"))
+        compare(fast, plain, 2e-5)
     with torch.no_grad():
         fast = net(read, 60).predictions
         monkeypatch.setenv("CTM_OPS", "naive")

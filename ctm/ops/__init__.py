@@ -163,7 +163,8 @@ class Pairs(torch_tick.Neighbours):
         mark = (sync.left.data_ptr(), sync.left._version, sync.right.data_ptr(), sync.right._version)
         found = cls.cache.get(sync)
         if found is None or found[0] != mark:
-            found = cls.cache[sync] = mark, cls(sync)
+            with torch.inference_mode(False):
+                found = cls.cache[sync] = mark, cls(sync)
         return found[1]
 
 
@@ -243,7 +244,8 @@ def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
     runners.move_to_end(key)
     free = next((runner for runner in runners[key] if not runner.busy), None)
     if free is None:
-        free = Runner(spec, pairs)
+        with torch.inference_mode(False):  # its buffers outlive this mode
+            free = Runner(spec, pairs)
         runners[key].append(free)
     while sum(map(len, runners.values())) > MOST and len(runners) > 1:
         runners.popitem(last=False)

@@ -73,7 +73,7 @@ class Recurrence:
         self.trace = self.make_trace(s.memory + s.ticks)
         self.seed = torch.zeros(1, dtype=torch.int32, device=s.device)
         if s.n_pairs:
-            self.alpha = self.zeros(s.batch, s.n_pairs)
+            self.alpha, self.alpha0 = self.zeros(s.batch, s.n_pairs), self.zeros(s.batch, s.n_pairs)
             self.s = self.zeros(s.ticks, s.batch, s.n_pairs)
             self.sx = self.zeros(rows, s.batch, self.pad(s.n_pairs), dtype=s.dtype)
         if s.tokens:
@@ -121,7 +121,8 @@ class Recurrence:
                 self.do = torch.zeros_like(self.o)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(shape, dtype=dtype or torch.float32, device=self.spec.device)
+        with torch.inference_mode(False):  # the next thought may not be in that mode
+            return torch.zeros(shape, dtype=dtype or torch.float32, device=self.spec.device)
 
     def make_trace(self, length: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer (length, B, D) for pre-activations; how it lies in memory is the subclass's matter."""
@@ -149,12 +150,11 @@ class Recurrence:
         """Takes weights, keys and values in, in the products' type, padded; without gradients, only what changed."""
         into, values = [], []
         for name, value in given.items():
-            if not self.spec.keep:
-                mark = (value, value._version)
+            if not self.spec.keep and not value.is_inference():
                 known = self.taken.get(name)
                 if known and known[0] is value and known[1] == value._version:
                     continue
-                self.taken[name] = mark
+                self.taken[name] = value, value._version
             kind = name.split(".")[0]
             product = kind in ("w", "wq", "wo", "keys", "values") or name in ("n.w1", "n.w2")
             product = product or kind.startswith(("keys", "values"))
@@ -180,7 +180,7 @@ class Recurrence:
         self.x[0, :, s.d_input : s.d_input + s.d_model].copy_(given["z"])
         if s.n_pairs:
             self.alpha.copy_(given["alpha"])
-            self.alpha0 = self.alpha.clone() if s.keep else None
+            self.alpha0.copy_(given["alpha"])
         if seed is not None:
             self.seed.copy_(seed)
         elif s.dropout or s.nlm_dropout:

@@ -28,7 +28,7 @@ class Recording:
     def take(self, work, sync_BTR: Tensor) -> None:
         """What the fast recurrence (`ctm.ops`) has in its buffers after a thought."""
         s = work.spec
-        self.ticks.setdefault("pre_activations", []).extend(work.trace[s.memory :].float().clone())
+        self.ticks.setdefault("pre_activations", []).extend(work.pre.clone())
         self.ticks.setdefault("post_activations", []).extend(work.z[1:].clone())
         self.ticks.setdefault("sync_out", []).extend(sync_BTR.transpose(0, 1))
         if s.n_pairs:

@@ -207,7 +207,8 @@ class Runner:
         else:
             work.forward()
         self.uses += 1
-        trace = work.trace[self.spec.ticks :].permute(1, 2, 0).float().clone(memory_format=torch.contiguous_format)
+        memory, ticks = self.spec.memory, self.spec.ticks
+        trace = torch.cat([given["trace"][:, :, ticks:], work.pre[max(0, ticks - memory) :].permute(1, 2, 0)], dim=2)
         alpha = work.alpha.clone() if self.spec.n_pairs else work.z[0, :, :0].clone()
         return work.z[1:].detach(), trace, alpha
 

@@ -263,12 +263,10 @@ def _add_two(a0, a1, b0, b1):
 
 @triton.jit
 def _statistics(y, mask, width, eps):
-    """Mean and 1/std in one reduction, of differences to the first value: no cancellation where the mean is large."""
-    first = tl.sum(tl.where(tl.arange(0, y.shape[0]) == 0, y, 0.0), axis=0)
-    d = tl.where(mask, y - first, 0.0)
-    total, squares = tl.reduce((d, d * d), 0, _add_two)
-    mean = total / width
-    return mean + first, 1 / tl.sqrt(squares / width - mean * mean + eps)
+    """Mean and 1/std; in two passes, for what one pass saves in time it loses where a value is far from the others."""
+    mean = tl.sum(y, axis=0) / width
+    centred = tl.where(mask, y - mean, 0.0)
+    return mean, 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
 
 
 @triton.jit
@@ -355,10 +353,10 @@ def norm_silu_backward(
 @triton.jit(do_not_specialize=["site"])
 def up(
     y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr,
-    stat_skip_ptr, gamma2_ptr, beta2_ptr, stat2_ptr, x_ptr, seed_ptr, site, p_drop, eps, width, stride, stride_x,
-    DROP: tl.constexpr, BLOCK: tl.constexpr,
+    stat_skip_ptr, gamma2_ptr, beta2_ptr, stat2_ptr, x_ptr, pre_ptr, seed_ptr, site, p_drop, eps, width, stride,
+    stride_x, DROP: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm(SiLU(LayerNorm(y)) + skip): the next product's input, or this tick's row of the trace."""
+    """LayerNorm(SiLU(LayerNorm(y)) + skip): the next product's input, or (LAST) this tick's row of the trace."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
@@ -374,6 +372,8 @@ def up(
     mean, rstd = _statistics(v, mask, width, eps)
     _keep(stat2_ptr, b, mean, rstd)
     u = _affine((v - mean) * rstd, gamma2_ptr, beta2_ptr, i, mask)
+    if LAST:
+        tl.store(pre_ptr + b * stride_x + i, u, mask)
     if DROP:
         u *= dropout_scale(seed_ptr, site, place, p_drop)
     tl.store(x_ptr + b * stride_x + i, u.to(x_ptr.dtype.element_ty), mask)
@@ -414,7 +414,7 @@ def up_backward(
 
 @triton.jit
 def gated_norm(
-    y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, x_ptr, eps, D, stride, stride_x, BLOCK: tl.constexpr
+    y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, x_ptr, pre_ptr, eps, D, stride, stride_x, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gated layer: LayerNorm(GLU(y + bias)), this tick's row of the trace."""
     b = tl.program_id(0)
@@ -423,9 +423,10 @@ def gated_norm(
     value = _value(y_ptr, bias_ptr, b * stride + i, i, mask)
     gate = _value(y_ptr + D, bias_ptr + D, b * stride + i, i, mask)
     h = value * tl.sigmoid(gate)
-    mean, rstd = _statistics(h, mask, D, eps)
+    mean, rstd = _statistics(tl.where(mask, h, 0.0), mask, D, eps)
     _keep(stat_ptr, b, mean, rstd)
     u = _affine((h - mean) * rstd, gamma_ptr, beta_ptr, i, mask)
+    tl.store(pre_ptr + b * stride_x + i, u, mask)
     tl.store(x_ptr + b * stride_x + i, u.to(x_ptr.dtype.element_ty), mask)
 
 

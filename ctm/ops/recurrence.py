@@ -59,7 +59,7 @@ class Recurrence:
     """Buffers of one thought at a time, and the two loops over its ticks.
 
     After `forward`: `z` (T + 1, B, D) with the start first, `trace` (M + T, B, D) with the memory first, `s` (T, B, R)
-    action synchronization, `p` attention weights, `alpha` (B, R).
+    action synchronization, `p` attention weights, `alpha` (B, R), `pre` (T, B, D) pre-activations in fp32.
     """
 
     ALIGN = 1
@@ -71,6 +71,7 @@ class Recurrence:
         rows = s.ticks if s.keep else 1
         self.z = self.zeros(s.ticks + 1, s.batch, s.d_model)
         self.trace = self.make_trace(s.memory + s.ticks)
+        self.pre = self.trace[s.memory :]
         self.seed = torch.zeros(1, dtype=torch.int32, device=s.device)
         if s.n_pairs:
             self.alpha, self.alpha0 = self.zeros(s.batch, s.n_pairs), self.zeros(s.batch, s.n_pairs)

@@ -34,6 +34,7 @@ class TritonRecurrence(Recurrence):
             "BLOCK_N": 8, "BLOCK_B": 16, "BLOCK_M": block(s.memory), "BLOCK_H": block(s.hidden), "DEEP": s.hidden > 0,
             "DROP": s.nlm_dropout > 0, "PRECISION": self.precision, "num_warps": 4,
         }  # fmt: skip
+        self.pre = self.zeros(s.ticks, s.batch, s.d_model)  # the trace is in the products' type, states are fp32
         rows = len(self.x)
         self.stat = {name: self.zeros(rows, s.batch, 2) for name in s.layers}
         self.stat2 = {name: self.zeros(rows, s.batch, 2) for name in s.layers if name.startswith("up")}
@@ -140,8 +141,9 @@ class TritonRecurrence(Recurrence):
         out = self.after[layer][row] if i else self.trace[s.memory + t]
         kernels.up[(s.batch,)](
             *self.layer(layer, row), *self.layer(f"down{i}", row), self.packed[f"gamma2.{layer}"],
-            self.packed[f"beta2.{layer}"], self.stat2[layer][row], out, self.seed, self.site_of(t, layer), s.dropout,
-            s.eps, width, self.pad(width), out.stride(0), DROP=s.dropout > 0 and i > 0, **self.row_options(layer),
+            self.packed[f"beta2.{layer}"], self.stat2[layer][row], out, self.pre[t], self.seed, self.site_of(t, layer),
+            s.dropout, s.eps, width, self.pad(width), out.stride(0), DROP=s.dropout > 0 and i > 0, LAST=i == 0,
+            **self.row_options(layer),
         )  # fmt: skip
 
     def up_backward(self, i: int, t: int) -> None:
@@ -161,7 +163,8 @@ class TritonRecurrence(Recurrence):
     def gated_norm(self, t: int) -> None:
         s, row = self.spec, self.row(t)
         kernels.gated_norm[(s.batch,)](
-            *self.layer("gated", row), self.trace[s.memory + t], s.eps, s.d_model, self.y["gated"].stride(1), s.d_model,
+            *self.layer("gated", row), self.trace[s.memory + t], self.pre[t], s.eps, s.d_model,
+            self.y["gated"].stride(1), s.d_model,
             **self.row_options("gated"),
         )  # fmt: skip
 

@@ -132,7 +132,7 @@ def test_cifar(name, n_classes, tmp_path, monkeypatch):
     pixels, label = task.dataset("train")[0]
     assert pixels.shape == (3, 32, 32) and 0 <= label < n_classes
     assert type(task.transform(True).transforms[0]).__name__ == "AutoAugment"
-    assert type(task.transform(False).transforms[0]).__name__ == "PILToTensor"
+    assert len(task.transform(False).transforms) == len(task.transform(True).transforms) - 1
     values = task.metrics(Thought(torch.eye(n_classes)[:3, None], torch.ones(3, 1)), (None, torch.tensor([0, 9, 9])))
     assert ("top5" in values) == (n_classes == 100)
     assert values["accuracy"].tolist() == [1, 0, 0]

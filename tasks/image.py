@@ -98,10 +98,12 @@ def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
     return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
 
 
-def shifted(image: Image.Image) -> Image.Image:
-    """By up to one pixel in both directions; what comes in is black."""
+def jittered(image: Image.Image) -> Image.Image:
+    """Turned by up to ten degrees and shifted by up to a pixel in both directions; what comes in is black."""
+    degrees = float(torch.empty(()).uniform_(-10, 10))
     left, top = torch.randint(-1, 2, (2,)).tolist()
-    return image.crop((left, top, left + image.width, top + image.height))
+    turned = image.rotate(degrees, Image.Resampling.BILINEAR)
+    return turned.crop((left, top, left + image.width, top + image.height))
 
 
 class Normalised:
@@ -176,7 +178,7 @@ class ImageTask(Task):
         size: side in pixels to which the files of folder and imagenet are cropped; null for 224.
         val_share: share of the training part that is kept for validation, of every class.
         augment: the published augmentation of each data set: AutoAugment for cifar10 and cifar100, a random resized
-            crop and flip for imagenet and folder, nothing for mnist; for digits a shift by up to one pixel.
+            crop and flip for imagenet and folder, nothing for mnist; for digits a small turn and shift.
         batch_size: training images of a step, per process.
         eval_batch_size: the same in validation and test.
         num_workers: processes that read images; 0 reads them in the main process.
@@ -263,7 +265,7 @@ class ImageTask(Task):
             crop = [transforms.Resize(self.size * 256 // 224), transforms.CenterCrop(self.size)]
             steps = [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()] if augment else crop
         elif augment and self.name == "digits":
-            steps = [shifted]
+            steps = [jittered]
         elif augment and self.name.startswith("cifar"):
             steps = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)]
         else:

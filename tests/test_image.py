@@ -87,10 +87,17 @@ def test_augmentation_follows_seed_and_position_alone():
     before = torch.get_rng_state()
     small().dataset("train")[3]
     assert torch.equal(before, torch.get_rng_state()), "the model's random numbers are not touched"
-    shifted = draw()[0, 0]
-    padded = torch.nn.functional.pad(plain[0, 0], (1, 1, 1, 1), value=float(plain.min()))
-    windows = [padded[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
-    assert any(torch.allclose(shifted, window) for window in windows)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 9.0])
+def test_digits_are_turned_and_shifted(degrees, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low, high: tensor.fill_(degrees))
+    pixels = embedded_digits()[0][5]
+    plain = Image.fromarray(pixels)
+    turned = np.pad(np.asarray(plain.rotate(degrees, Image.Resampling.BILINEAR)), 1)
+    windows = {turned[y : y + 8, x : x + 8].tobytes() for y in range(3) for x in range(3)}
+    seen = {np.asarray(image.jittered(plain)).tobytes() for _ in range(200)}
+    assert seen == windows and (plain.tobytes() in seen) == (degrees == 0)
 
 
 def test_a_pass_takes_every_image_once():

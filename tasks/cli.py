@@ -355,6 +355,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)  # what matters of it is said in `say`
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # Lightning's, of PyTorch
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # making mazes is fast
+    warnings.filterwarnings("ignore", message=".*custom batch sampler.*")  # it returns all samples
     try:
         CLI()
     except Stopped as stop:

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ctm.loss import route_loss
+from ctm.model import Thought
 from tasks.base import Task
 
 Batch = tuple[Tensor, Tensor]
@@ -47,6 +49,8 @@ class ParityTask(Task):
 
     Args:
         length: of a sequence, at least 8.
+        lookahead: how many places beyond the longest right beginning the loss looks, the curriculum of routes; null for
+            all places, as published.
         n_val: validation sequences.
         n_test: test sequences.
         batch_size: training sequences of a step, per process.
@@ -60,6 +64,7 @@ class ParityTask(Task):
     def __init__(
         self,
         length: int = 64,
+        lookahead: int | None = None,
         n_val: int = 1000,
         n_test: int = 2000,
         batch_size: int = 64,
@@ -68,11 +73,18 @@ class ParityTask(Task):
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.at_least(length=(length, 8), n_val=(n_val, 1), n_test=(n_test, 1))
-        self.length, self.n_val, self.n_test = length, n_val, n_test
+        if lookahead is not None:
+            self.at_least(lookahead=(lookahead, 1))
+        self.length, self.lookahead, self.n_val, self.n_test = length, lookahead, n_val, n_test
         self.out_dims, self.sample_size = (length, 2), (length,)
 
     def dataset(self, split: str) -> Sequences:
         return Sequences(self, split, {"train": None, "val": self.n_val, "test": self.n_test}[split])
+
+    def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
+        if self.lookahead is None:
+            return super().loss(thought, batch, most_certain)
+        return route_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
 
     def difficulty(self, batch: Batch) -> Tensor:
         """How often the parity flips."""

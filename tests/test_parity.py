@@ -68,7 +68,9 @@ def test_the_stream_follows_seed_and_position_alone():
     assert torch.equal(first(1, "test"), first(2, "test"))
 
 
-@pytest.mark.parametrize("wrong", [{"length": 7}, {"n_val": 0}, {"eval_batch_size": 0}, {"num_workers": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"length": 7}, {"lookahead": 0}, {"n_val": 0}, {"eval_batch_size": 0}, {"num_workers": -1}]
+)
 def test_settings_that_cannot_be(wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=rf"data\.{name}={value} must be at least"):
@@ -94,6 +96,14 @@ def test_loss_by_hand():
     assert task.loss(thought, batch).item() == pytest.approx((best + sure) / 2, rel=1e-5)
     last = thought._replace(certainty=torch.tensor([[0.9, 0.2, 0.1]]))
     assert task.loss(last, batch, most_certain=False).item() == pytest.approx((best + sure) / 2, rel=1e-5)
+
+
+def test_curriculum_by_hand():
+    """The first two of eight places are right: places 1 to 1 + 3 count."""
+    probability = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9])[None, None]
+    batch = torch.zeros(1, 8), torch.ones(1, 8, dtype=torch.long)
+    loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(1, 1)), batch)
+    assert float(loss) == pytest.approx(-np.log([0.9, 0.8, 0.3, 0.4]).mean(), rel=1e-5)
 
 
 def test_decoders_by_hand():

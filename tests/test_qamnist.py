@@ -8,8 +8,10 @@ import torch
 from test_image import write_mnist
 from test_run import assert_same_run, ok
 
+from ctm.early_exit import think_until
 from ctm.encoders import QAMNIST
 from ctm.lit import LitCTM
+from ctm.loss import gather_tick
 from ctm.model import CTMConfig
 from tasks.qamnist import MINUS, PLUS, EqualAmounts, QAMNISTTask, question_and_answer
 
@@ -102,6 +104,11 @@ def test_only_the_answering_ticks_count():
     assert whole.predictions.shape[1] == 2 * batch[0].shape[1] + batch[1].shape[1] + 3
     assert torch.equal(thought.predictions, whole.predictions[:, -3:]) and thought.certainty.shape[1] == 3
     assert set(task.metrics(thought, batch)["ticks"].tolist()) <= {1, 2, 3}
+    answer = think_until(model.model, *batch[:2], threshold=2.0)
+    best = thought.certainty.argmax(1)
+    torch.testing.assert_close(answer.predictions, gather_tick(thought.predictions, best), rtol=1e-4, atol=1e-5)
+    assert answer.ticks.tolist() == [3] * len(best), "only answering ticks are counted, and nobody leaves before them"
+    assert think_until(model.model, *batch[:2], threshold=0.0).ticks.tolist() == [1] * len(best)
     lstm = LitCTM(task, encoder, net="lstm")
     assert lstm.model.encoder.config["project_question"] and not model.model.encoder.config["project_question"]
 

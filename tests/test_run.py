@@ -320,4 +320,4 @@ def test_a_run_on_a_gpu(train, tmp_path):
 def test_the_files_of_the_project():
     allowed = {"ctm", "svf", "tasks", "tests", "configs", "train.py", "pyproject.toml", "README.md", "LICENSE", "runs"}
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
-    assert found - {"build", "dist"} <= allowed
+    assert found - {"build", "dist", "data"} <= allowed

@@ -108,6 +108,7 @@ def sync_step_backward(
         neuron = tl.load(active_ptr + n, mask, 0)
         dz = tl.load(dz_ptr + row * D + neuron, mask, 0.0)
         dz += _pairs_share(a_ptr + row * R, z_ptr + row * D, pair_ptr, other_ptr, n, mask, DEGREE, BLOCK_N)
+        tl.debug_barrier()  # several warps hold the same neurons: none may read what another has added to
         tl.store(dz_ptr + row * D + neuron, dz, mask)
 
 
@@ -201,7 +202,7 @@ def attend(
     q_ptr, bias_ptr, k_ptr, v_ptr, p_ptr, o_ptr, seed_ptr, site, scale, p_drop, heads, S, dh, stride_q, stride_o,
     DROP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q k' scale) v for a sample and head; q gets its bias, in place; p keeps the undropped weights."""
+    """softmax((q + bias) k' scale) v for a sample and head; p keeps the weights before dropout."""
     row = tl.program_id(0).to(tl.int64)
     b, h = row // heads, row % heads
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -209,7 +210,6 @@ def attend(
     mask = mask_s[:, None] & mask_d[None, :]
     q = tl.load(q_ptr + b * stride_q + h * dh + d, mask_d, 0.0).to(tl.float32)
     q += tl.load(bias_ptr + h * dh + d, mask_d, 0.0)
-    tl.store(q_ptr + b * stride_q + h * dh + d, q.to(q_ptr.dtype.element_ty), mask_d)
     tile = row * S * dh + s[:, None] * dh + d[None, :]
     k = tl.load(k_ptr + tile, mask, 0.0).to(tl.float32)
     score = tl.where(mask_s, tl.sum(k * q[None, :], axis=1) * scale, float("-inf"))

@@ -313,7 +313,8 @@ class Recurrence:
                 if f"keys{i}" in wanted or f"values{i}" in wanted:
                     at = [t for t, read in enumerate(s.reads) if read == i]
                     at = slice(at[0], at[-1] + 1) if len(at) == at[-1] - at[0] + 1 else at
-                    q, o = (x[at].unflatten(-1, (s.heads, -1)).permute(1, 2, 0, 3) for x in (self.q, do))
+                    q = self.q[at] + self.packed["bq"].to(s.dtype)
+                    q, o = (x.unflatten(-1, (s.heads, -1)).permute(1, 2, 0, 3) for x in (q, do[at]))
                     dscore, weight = (x[at].permute(1, 2, 3, 0) for x in (self.dscore[i], self.weight[i]))
                     found[f"keys{i}"], found[f"values{i}"] = dscore @ q, weight @ o
         for j in range(-min(0, *s.reads)):
@@ -340,7 +341,7 @@ class Recurrence:
         """alpha, `s[t]` and `sx` of a tick from `z[t]`."""
 
     def attend(self, t: int, i: int, out: Tensor) -> None:
-        """Tokens i seen by `q` (to which the bias is added here) into the first columns of `out`."""
+        """Tokens i seen by `q` and its bias into the first columns of `out`."""
 
     def drop(self, t: int, read: int) -> None:
         """Bias of the output projection on what was read, and dropout on all that goes into the gated layer."""

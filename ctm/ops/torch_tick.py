@@ -76,8 +76,7 @@ class TorchRecurrence(Recurrence):
     # ------------------------------------------------------------------------------------------------------ attention
     def attend(self, t: int, i: int, out: Tensor) -> None:
         s, row = self.spec, self.row(t)
-        self.q[row] += self.packed["bq"]
-        q = self.q[row].unflatten(-1, (s.heads, 1, -1))
+        q = (self.q[row] + self.packed["bq"].to(s.dtype)).unflatten(-1, (s.heads, 1, -1))
         scores = (q @ self.packed[f"keys{i}"].mT).squeeze(-2).float() / math.sqrt(q.shape[-1])
         torch.softmax(scores, -1, out=self.p[i][t])
         weight = self.dropped(("attend", t), self.p[i][t], s.dropout).to(s.dtype)

@@ -15,8 +15,9 @@ def block(width: int, least: int = 16) -> int:
 
 
 def warps(width: int) -> int:
-    """Measured on an H200: the rows of a step are few, so that many threads share each."""
-    return 16 if block(width) >= 1024 else 8 if width > 256 else 4
+    """Measured on an H200: a step has few rows, so that many threads share each; but never two the same value, for
+    one of them could read what the other has already added to."""
+    return min(16, max(1, block(width) // 64))
 
 
 class TritonRecurrence(Recurrence):

@@ -126,6 +126,40 @@ def test_what_is_carried_is_what_is_continued(kind):
     torch.testing.assert_close(anew[1], whole.predictions[1, :3])
 
 
+def test_the_published_lstms_of_qamnist_and_reinforcement_learning():
+    """Their names and shapes as in the published code: one cell, learned starts without an axis of layers."""
+    qamnist = {
+        "iterations": 1, "d_model": 875, "d_input": 64, "heads": 4, "out_dims": 10, "dropout": 0.0,
+        "iterations_per_digit": 2, "iterations_per_question_part": 1, "iterations_for_answering": 2,
+    }  # fmt: skip
+    model = compat.build("lstm", qamnist).eval()
+    state = compat.export(model)
+    assert state["lstm_cell.weight_ih"].shape == (3500, 64) and state["lstm_cell.weight_hh"].shape == (3500, 875)
+    assert state["start_hidden_state"].shape == (875,) and "kv_proj.0.weight" in state
+    digits = torch.randn(1, 2, 1, 32, 32).repeat_interleave(2, 1)
+    out = compat.outputs(compat.load("lstm", qamnist, state).eval(), digits, torch.tensor([[0, -1, 1]]))
+    assert out["predictions"].shape == (1, 10, 4 + 3 + 2)  # a single sample, too
+    assert torch.equal(out["predictions"], compat.outputs(model, digits, torch.tensor([[0, -1, 1]]))["predictions"])
+
+    control = {"iterations": 3, "d_model": 118, "d_input": 128, "backbone_type": "classic-control-backbone"}
+    state = compat.export(compat.build("lstm", control, n_in=4, n_actions=2))
+    assert state["recurrent_model.lstm_cell.weight_ih"].shape == (4 * 118, 128)
+    agent = compat.load("lstm", control, state)
+    h, c = torch.randn(2, 118), torch.randn(2, 118)
+    out = compat.outputs(agent, torch.randn(2, 4), h, c)
+    assert out["hidden_state"].shape == (2, 118)
+    cell = torch.nn.LSTMCell(128, 118)
+    cell.load_state_dict({k.rpartition(".")[2]: v for k, v in state.items() if "lstm_cell" in k})
+    observation = torch.randn(2, 4)
+    features = agent.thinker.encoder(observation)
+    hidden, memory = h, c
+    for _ in range(3):
+        hidden, memory = cell(features, (hidden, memory))
+    out = compat.outputs(agent, observation, h, c)
+    torch.testing.assert_close(out["hidden_state"], hidden)
+    torch.testing.assert_close(out["cell_state"], memory)
+
+
 class Bomb:
     def __reduce__(self):
         return print, ("it ran",)

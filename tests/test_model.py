@@ -22,6 +22,7 @@ from ctm.modules import (
     choose_pairs,
     unet_widths,
 )
+from tasks.optim import Optim
 
 SMALL = {"d_model": 24, "d_input": 8, "ticks": 4, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
 KINDS = [
@@ -258,3 +259,11 @@ def test_model_code_knows_no_trainer():
     code = "import sys, ctm.compat, ctm.loss, ctm.baselines; print([m in sys.modules for m in ('lightning', 'tasks')])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[False, False]"
+
+
+def test_the_schedule_starts_at_once_without_warm_up():
+    """The published one stays at a hundred-millionth of its learning rate then."""
+    optim = Optim(lr=1e-3, warmup=0, steps=10)
+    assert optim.factor(0) == 1.0
+    assert optim.factor(10) == pytest.approx(1e-7 / 1e-3)
+    assert Optim(lr=1e-3, warmup=4, steps=10).factor(2) == 0.5

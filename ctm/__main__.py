@@ -1,4 +1,4 @@
-"""`python -m ctm export best.ckpt maze.safetensors`: the model of a checkpoint as a small file that `ctm.load` reads."""
+"""`python -m ctm export best.ckpt maze.safetensors`: a model alone, as a small file that `ctm.load` reads."""
 
 import argparse
 import sys

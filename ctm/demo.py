@@ -75,7 +75,7 @@ class Demo:
         self.look = [getattr(net.config, "heads", 0), side, side]
         self.choose_neurons()
 
-    # ------------------------------------------------------------------------------------------------- what is answered
+    # ----------------------------------------------------------------------------------------------- what is answered
     def about(self) -> dict:
         """The model: sizes, and which neurons are shown."""
         return {
@@ -118,7 +118,8 @@ class Demo:
             (T,): how many of these before the first move into a wall. `reached` (T,): the goal, touching no wall.
             `teleport`: where re-application goes on, the last place of the answer that was no start before; None where
             there is none, or the goal was passed. `shortest`: moves of the shortest route. `attention` (T, heads, S),
-            65535 for 1, and `neurons` (T, N), 127 for a neuron's own usual strength; None where the model has none.
+            65535 for 1, and `neurons` (T, N), their distance from what is usual for each of them, 127 for the
+            farthest; None where the model has none.
 
         Raises:
             UserError: where the request is no maze with a way from start to goal.
@@ -157,10 +158,10 @@ class Demo:
             "attention": None if seen.attention is None else packed(seen.attention[:, 0] * 65535, "<u2"),
             "neurons": None
             if seen.post_activations is None
-            else packed((seen.post_activations[:, 0, self.neurons] / self.usual * 127).clamp(-127, 127), "|i1"),
+            else packed(self.shown(seen.post_activations[:, 0]), "|i1"),
         }
 
-    # ------------------------------------------------------------------------------------------------------ how it is done
+    # ------------------------------------------------------------------------------------------------ how it is done
     @property
     def most_certain(self) -> bool:
         return not (isinstance(self.model.net, checkpoint.LSTM) and self.task.lstm_answers_last)
@@ -175,6 +176,10 @@ class Demo:
             thought = self.model(images, ticks=ticks)
         return thought, seen
 
+    def shown(self, z_TD: Tensor) -> Tensor:
+        """Activations (T, N) of the shown neurons as whole numbers from -127 to 127."""
+        return ((z_TD[:, self.neurons] - self.usual) / self.spread * 127).clamp(-127, 127)
+
     def choose_neurons(self) -> None:
         """Which neurons are shown, and where: those that move most over a few mazes, so that neighbours act alike.
 
@@ -183,19 +188,19 @@ class Demo:
         n = self.task.size
         mazes = [make_maze(n, Random(seed), self.task.algorithm) for seed in range(4)]
         _, seen = self.think(mazes)
-        self.neurons, self.usual = torch.arange(0), torch.ones(0)
+        self.neurons, self.usual, self.spread = torch.arange(0), torch.ones(0), torch.ones(0)
         if seen.post_activations is None:
             return
         z_SD = seen.post_activations.flatten(0, 1)
         self.neurons = z_SD.std(0).topk(min(NEURONS, z_SD.shape[1])).indices
         z_SN = z_SD[:, self.neurons]
-        shape_SN = (z_SN - z_SN.mean(0)) / z_SN.std(0).clamp(min=1e-6)
-        one, two = torch.linalg.svd(shape_SN, full_matrices=False).Vh[:2]
+        away_SN = (z_SN - z_SN.mean(0)) / z_SN.std(0).clamp(min=1e-6)
+        one, two = torch.linalg.svd(away_SN, full_matrices=False).Vh[:2]
         rows = max(1, round((len(one) / 2.33) ** 0.5))
         column = one.argsort().argsort() // rows
         order = (column * 2 + torch.sigmoid(two)).argsort()
-        self.neurons = self.neurons[order]
-        self.usual = z_SN[:, order].abs().quantile(0.98, dim=0).clamp(min=1e-6)
+        self.neurons, self.usual = self.neurons[order], z_SN[:, order].mean(0)
+        self.spread = (z_SN[:, order] - self.usual).abs().quantile(0.98, dim=0).clamp(min=1e-6)
 
     def understood(self, request: dict) -> tuple[Maze, int, list[int], int]:
         """The maze, ticks, earlier starts, and the length of the shortest route.
@@ -392,6 +397,9 @@ def main() -> None:
         server = open_server(**arguments(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
+    torch.set_num_threads(
+        1
+    )  # one maze is too little work to share out, and waiting for others costs more than it gains
     about = server.demo.about()
     if not is_loopback(server.host):
         print(f"warning: host={server.host} lets everyone who can reach this machine use the page, without a password")

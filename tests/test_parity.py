@@ -104,7 +104,7 @@ def test_curriculum_by_hand():
     probability[3, 0, 2] = 0.4
     batch = torch.zeros(10, 8), torch.ones(10, 8, dtype=torch.long)
     loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(10, 1)), batch)
-    assert float(loss) == pytest.approx(-probability[:, 0, :5].log().mean(), rel=1e-5)
+    assert float(loss) == pytest.approx(-float(probability[:, 0, :5].log().mean()), rel=1e-5)
 
 
 def test_decoders_by_hand():

@@ -218,7 +218,9 @@ class Runner:
             work.forward()
         self.uses += 1
         memory, ticks = self.spec.memory, self.spec.ticks
-        trace = torch.cat([given["trace"][:, :, ticks:], work.pre[max(0, ticks - memory) :].permute(1, 2, 0)], dim=2)
+        # As it lies in the buffers, the tick first: what comes after reads it row by row.
+        older = given["trace"].permute(2, 0, 1)[ticks:]
+        trace = torch.cat([older, work.pre[max(0, ticks - memory) :]]).permute(1, 2, 0)
         alpha = work.alpha.clone() if self.spec.n_pairs else work.z[0, :, :0].clone()
         return work.z[1:].detach(), trace, alpha
 

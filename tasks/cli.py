@@ -284,6 +284,9 @@ class CLI(LightningCLI):
             mine.append(Predictions(self.folder))
         self.trainer_defaults["callbacks"] = mine
         self.config_init[self.subcommand]["weights_only"] = True
+        if content and Path(path).suffix == ".safetensors":  # a model alone: a run from its weights, at step 0
+            self.model.load_state_dict(content["state_dict"])
+            self.config_init[self.subcommand]["ckpt_path"] = None
         if self.subcommand in ("validate", "test"):
             self.config_init[self.subcommand]["verbose"] = False  # Report says it in a line
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)

@@ -133,6 +133,16 @@ def task_of(config: str) -> str | None:
     return content.get("task") if isinstance(content, dict) else None
 
 
+def without_classes(config: dict) -> dict:
+    """A configuration as a person writes it: a class's arguments right under its key, beside its name."""
+    plain = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and "class_path" in value:
+            value = {"class": value["class_path"]} | (value.get("init_args") or {})
+        plain[key] = without_classes(value) if isinstance(value, dict) else value
+    return plain
+
+
 def nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
@@ -288,7 +298,7 @@ class CLI(LightningCLI):
         elif loggers in (None, True):
             wandb = RunWandbLogger(
                 headline=getattr(self.datamodule, "headline", None), name=self.folder.name, project="ctm",
-                group=config.get("task"), job_type=self.subcommand,
+                group=config.get("task"), job_type=self.subcommand, config=without_classes(plain),
                 save_dir=str(self.folder), id=checkpoints.wandb_id, resume="allow", log_model=False,
             )  # fmt: skip
             loggers = [FileLogger(self.folder, step), wandb]

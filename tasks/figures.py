@@ -46,7 +46,7 @@ STYLE = {
 
 
 class Moving(NamedTuple):
-    """A figure that changes from tick to tick."""
+    """A figure that changes from tick to tick. What `to` changes in it is marked `animated`."""
 
     figure: Figure
     to: Callable[[int], object]
@@ -72,17 +72,25 @@ def render(figure: Figure, dpi: int) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     with rc_context(STYLE):
         canvas.draw()
+    return pixels_of(canvas)
+
+
+def pixels_of(canvas: FigureCanvasAgg) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def frames(moving: Moving, dpi: int = 100) -> list[Image.Image]:
-    """One picture a tick, of few colours."""
-    drawn = []
+    """One picture a tick, of few colours. What stays is drawn once, what moves (`animated`) over it at every tick."""
+    figure, drawn = moving.figure, []
+    render(figure, dpi)
+    canvas, still = figure.canvas, figure.canvas.copy_from_bbox(figure.bbox)
+    artists = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda artist: artist.get_zorder())
     for tick in range(moving.ticks):
+        canvas.restore_region(still)
         moving.to(tick)
-        image = render(moving.figure, dpi)
-        moving.figure.set_layout_engine("none")  # nothing may jump, and laying out takes longest
-        drawn.append(image.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
+        for artist in artists:
+            figure.draw_artist(artist)
+        drawn.append(pixels_of(canvas).quantize(192, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
     return drawn
 
 
@@ -159,13 +167,15 @@ def map_of(weights_S: np.ndarray) -> np.ndarray:
     return weights_S.reshape(side, -1)
 
 
-def draw_certainty(axes: Axes, certainty_T: np.ndarray, answer: int, first: int = 0) -> Callable[[int], object]:
+def draw_certainty(
+    axes: Axes, certainty_T: np.ndarray, answer: int, first: int = 0, moves: bool = True
+) -> Callable[[int], object]:
     """Certainty so far, the rest of it faint, the answer marked. Ticks begin after `first` others."""
     ticks = first + np.arange(1, len(certainty_T) + 1)
     axes.plot(ticks, certainty_T, color=BLUE, alpha=0.25, marker="." if len(ticks) < 16 else None)
-    (line,) = axes.plot([], [], color=BLUE, lw=2, marker="." if len(ticks) < 16 else None)
+    (line,) = axes.plot([], [], color=BLUE, lw=2, marker="." if len(ticks) < 16 else None, animated=moves)
     axes.plot(ticks[answer], certainty_T[answer], "o", ms=9, mfc="none", mec=VERMILLION, mew=1.8, label="answer")
-    now = axes.axvline(ticks[-1], color=GREY, lw=0.8)
+    now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=moves)
     axes.set(ylim=(-0.04, 1.04), ylabel="certainty (0 to 1)", title="How certain it is")
     whole_ticks(axes, int(ticks[-1]))
     axes.legend(loc="lower right")
@@ -190,7 +200,7 @@ def draw_attention(
         under(axes)
         limit = max(float(means_TS.max()), 1e-9) if axes is mean else top
         how = {"interpolation": "bilinear" if axes is mean else "nearest", "vmin": 0, "vmax": limit}
-        image = axes.imshow(map_of(weights_TS[-1]), cmap=VEIL, extent=extent, **how)
+        image = axes.imshow(map_of(weights_TS[-1]), cmap=VEIL, extent=extent, animated=True, **how)
         images.append((image, weights_TS))
         if title:
             axes.set_title(title, fontsize=8, loc="center", pad=2)
@@ -261,9 +271,9 @@ def maze(
     figure, views, heads = scene((3, 3) if attention_THS is None else (3, 3.5, 2.5), attention_THS)
     left, chart = views[0], views[-1]
 
-    def ends(axes: Axes, size: float) -> None:
-        axes.plot(start[1], start[0], "o", color=START, ms=size, mec="white", mew=0.6)
-        axes.plot(goal[1], goal[0], "*", color=GOAL, ms=1.5 * size, mec="white", mew=0.6)
+    def ends(axes: Axes, size: float) -> None:  # animated: above what moves
+        axes.plot(start[1], start[0], "o", color=START, ms=size, mec="white", mew=0.6, zorder=3, animated=True)
+        axes.plot(goal[1], goal[0], "*", color=GOAL, ms=1.6 * size, mec="white", mew=0.6, zorder=3, animated=True)
 
     def under(axes: Axes, small: bool) -> None:
         axes.imshow(np.where(walls, 0.72, 1.0), cmap="gray", vmin=0, vmax=1, extent=extent)
@@ -271,12 +281,12 @@ def maze(
 
     side = 72 * 2.4 / n  # points a place
     left.imshow(np.where(walls, 0.17, 1.0), cmap="gray", vmin=0, vmax=1, extent=extent)
-    left.plot(*np.array(right).T[::-1], color=GREY, lw=1, ls=(0, (2, 2)), label="right")
-    (line,) = left.plot([], [], color=BLUE, lw=max(2.0, side / 4), solid_joinstyle="round", label="predicted")
-    (head,) = left.plot([], [], "o", color=BLUE, ms=max(3.5, side / 2.4))
+    left.plot(*np.array(right).T[::-1], color=GREY, lw=1, ls=(0, (2, 2)))
+    (line,) = left.plot([], [], color=BLUE, lw=max(2.0, side / 4), solid_joinstyle="round", animated=True)
+    (head,) = left.plot([], [], "o", color=BLUE, ms=max(3.5, side / 2.4), animated=True)
     ends(left, max(4.5, side / 2))
     bare(left)
-    title = left.set_title("Route")
+    title = left.set_title("Route", animated=True)
     move_certainty = draw_certainty(chart, certainty_T, answer)
     look = None
     if attention_THS is not None:
@@ -317,12 +327,12 @@ def image(
     figure, views, heads = scene((2, 2, 2) if attention_THS is None else (2, 2.5, 2, 2), attention_THS, 2.5)
     picture, bars, chart = views[0], views[-2], views[-1]
     picture.imshow(pixels, extent=extent)
-    title = bare(picture).set_title("Tick")
-    most = np.argsort(-probabilities_TK.max(0))[:10]  # the classes that were ever likely
-    shown = np.sort(np.unique(np.append(most[:9], target)) if len(most) == 10 else most)
+    title = bare(picture).set_title("Tick", animated=True)
+    shown = np.argsort(-probabilities_TK.max(0), kind="stable")[:10]  # the classes that were ever likely
+    shown = np.sort(shown if target in shown else np.append(shown[:9], target))
     marks = [f"{names[k][:12]}{' (right)' if k == target else ''}" for k in shown]
     colours = [ORANGE if k == target else BLUE for k in shown]
-    rows = bars.barh(range(len(shown)), probabilities_TK[-1, shown], color=colours)
+    rows = bars.barh(range(len(shown)), probabilities_TK[-1, shown], color=colours, animated=True)
     bars.set(xlim=(0, 1), xlabel="probability", title="What it says", yticks=range(len(shown)))
     bars.set_yticklabels(marks, fontsize=7.5)
     bars.invert_yaxis()
@@ -405,7 +415,7 @@ def parity(
     chart.axhline(answer + 1, color=GREY, lw=0.8, ls="--", label="answer")
     chart.set(ylim=(ticks + 0.5, 0.5), xlim=(-0.04, 1.04), xlabel="0 to 1", ylabel="tick")
     chart.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    chart.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1)
+    chart.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0)).set_in_layout(False)
     if rows:
         small = parts[1].subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
         for i, axes in enumerate(small.flat):
@@ -484,7 +494,7 @@ def question(
     heat.set(title=f"{words} = {target} (dashed)", ylabel="answer", xlabel="tick", yticks=range(0, 10, 2))
     heat.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     figure.colorbar(drawn, ax=heat, label="probability")
-    draw_certainty(chart, certainty_T, answer, first)
+    draw_certainty(chart, certainty_T, answer, first, moves=False)
     chart.set_xlim(first + 0.5, first + ticks + 0.5)
     return figure
 
@@ -549,22 +559,24 @@ def plane(features_FD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def neurons(place_D2: np.ndarray, explained: np.ndarray, post_TD: np.ndarray) -> Moving:
     """Neurons laid out by what they do together, lit by what they do now; and all of them over all ticks."""
     ticks, n = post_TD.shape
-    limit = max(float(np.quantile(np.abs(post_TD), 0.99)), 1e-9)
+    limit = max(float(np.quantile(np.abs(post_TD), 0.95)), 1e-9)  # a few are far above the others
     figure = page(3.9)
     left, right = figure.subplots(1, 2, width_ratios=[5, 4])
     order = np.argsort(np.abs(post_TD).max(0))  # the liveliest are drawn last
     size = float(np.clip(9000 / n, 5, 60))
     how = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    points = left.scatter(*place_D2[order].T, s=size, c=post_TD[-1, order], edgecolors="#777777", linewidths=0.3, **how)
+    points = left.scatter(
+        *place_D2[order].T, s=size, c=post_TD[-1, order], edgecolors="#777777", linewidths=0.3, animated=True, **how
+    )
     left.set(xlabel=f"PC 1 ({explained[0]:.0%} of variance)", ylabel=f"PC 2 ({explained[1]:.0%} of variance)")
     left.set(xticks=[], yticks=[])
-    title = left.set_title("Neurons")
+    title = left.set_title("Neurons", animated=True)
     rows = np.argsort(np.arctan2(*place_D2.T[::-1]))  # neighbours in the plane are neighbours here
     right.imshow(post_TD.T[rows], aspect="auto", extent=(0.5, ticks + 0.5, n, 0), interpolation=smooth(n), **how)
-    now = right.axvline(ticks, color="black", lw=1.2)
+    now = right.axvline(ticks, color="black", lw=1.2, animated=True)
     right.set(ylabel="neuron, by its angle on the left", title="All ticks")
     whole_ticks(right, ticks)
-    figure.colorbar(points, ax=right, label="post-activation", shrink=0.9)
+    figure.colorbar(points, ax=right, label="post-activation", shrink=0.9, extend="both")
 
     def to(tick: int) -> None:
         points.set_array(post_TD[tick, order])

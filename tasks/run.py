@@ -470,7 +470,8 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
-        content = {"n": n, "checkpoint": str(trainer.ckpt_path), **metrics, **seconds}
+        headline = trainer.datamodule.headline
+        content = {"n": n, "checkpoint": str(trainer.ckpt_path), "headline": headline, **metrics, **seconds}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()
@@ -479,7 +480,6 @@ class Report(Callback):
             writer.writerows(rows)
             write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
         self.show(trainer, pl_module)
-        headline = trainer.datamodule.headline
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")

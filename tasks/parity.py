@@ -4,15 +4,16 @@ Training, validation and test sequences are never the same ones: a hash of the s
 """
 
 import zlib
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ctm.loss import beginning_loss
 from ctm.model import Thought
 from tasks.base import Task
+from tasks.seen import Sample
 
 Batch = tuple[Tensor, Tensor]
 """Sequences (B, L) of -1.0 and 1.0, and cumulative parities (B, L), 1 for odd."""
@@ -60,6 +61,8 @@ class ParityTask(Task):
 
     headline = "solved"
     lstm_answers_last = True
+    difficulty_name = "number of flips (bits of -1)"
+    position_name = "place in the sequence"
 
     def __init__(
         self,
@@ -93,7 +96,22 @@ class ParityTask(Task):
     def describe(self) -> str:
         return f"parity of {self.length} bits, train, val and test sequences kept apart by a hash"
 
-    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
-        from tasks.figures import accuracy_map
+    def words(self, sample: Sample) -> tuple[str, str]:
+        said = sample.probabilities[sample.answer].argmax(-1)
+        return "".join(map(str, said)), "".join(str(int(odd)) for odd in sample.batch[1])
 
-        return [accuracy_map(self, model, folder / "test_accuracy.png", "place in the sequence")]
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        said, right = self.words(sample)
+        wrong = sum(a != b for a, b in zip(said, right, strict=True))
+        return [
+            figures.Picture(
+                f"{name}-parity", f"{self.length} bits, {wrong or 'none'} of the parities wrong",
+                "Which bits are attended to at each tick, downwards, and what is said of the parity at each place.",
+                partial(
+                    figures.parity, sample.batch[0] < 0, sample.batch[1], sample.probabilities[..., 1],
+                    sample.certainty, sample.answer, sample.attention,
+                ),
+            )
+        ]  # fmt: skip

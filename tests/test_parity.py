@@ -242,7 +242,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     assert clips[0]["n"] == clips[1]["n"] == 12 and torch.equal(clips[0]["norms"], clips[1]["norms"])
     assert len(checkpoint(whole)["optimizer_states"][0]["param_groups"]) == 2
     assert {p.name for p in whole.iterdir()} >= {"difficulty.csv", "media"}
-    assert (whole / "media/test_accuracy.png").stat().st_size > 1000
+    assert (whole / "media/test/sample-parity.png").stat().st_size > 1000
     curves = (whole / "curves.csv").read_text()
     assert "test/calibration_error_averaged_by_tick,4," in curves and "test/solved_averaged_by_tick,4," in curves
     assert "val/solved_by_tick,4," in curves and "val/solved_averaged_by_tick" not in curves

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from lightning import LightningModule
+from peft import PeftConfig
 from torch import Tensor
 
 from ctm import checkpoint
@@ -14,13 +15,14 @@ from ctm.early_exit import think_until
 from ctm.encoders import Encoder
 from ctm.loss import gather_tick
 from ctm.model import CTM, CTMConfig, Thinker, Thought
+from svf.attach import Adapting, attach
 from tasks.base import Task
 from tasks.metrics import CUMULATIVE, ByDifficulty, Calibration, answer_tick
 from tasks.optim import Optim, QuantileClip
 
 
-class LitCTM(LightningModule):
-    """Trains and tests a `Thinker`.
+class LitCTM(Adapting, LightningModule):
+    """Trains and tests a `Thinker`: from fresh weights, from a base's, or an adapter on a base.
 
     Args:
         task: what is learned.
@@ -32,6 +34,10 @@ class LitCTM(LightningModule):
         optim: learning rate and its schedule.
         early_exit: certainty at which a sample stops thinking, from 0 to 1: the test then also reports what that costs
             in accuracy and saves in ticks and time.
+        base: checkpoint whose weights are the first ones. On the command line it brings the sizes of its net, its
+            encoder and its data along.
+        adapter: of any PEFT method: it alone trains then, and the base stays as it is.
+        old: what the base was trained for: the test says how well that is still done, too.
     """
 
     def __init__(
@@ -44,9 +50,13 @@ class LitCTM(LightningModule):
         ff: FFConfig = FFConfig(),  # noqa: B008
         optim: Optim = Optim(),  # noqa: B008
         early_exit: float | None = None,
+        base: str | None = None,
+        adapter: PeftConfig | None = None,
+        old: Task | None = None,
     ):
         super().__init__()
         self.task, self.optim, self.early_exit = task, optim, early_exit
+        self.base, self.old = base, old
         self.most_certain = not (net == "lstm" and task.lstm_answers_last)
         if reason := task.refused.get(net):
             raise ValueError(f"model.net={net}: {reason}")
@@ -69,8 +79,24 @@ class LitCTM(LightningModule):
                 raise ValueError(f"early_exit={early_exit} must be a certainty from 0 to 1")
             if reason := "a feed-forward net has one tick" if net == "ff" else task.no_early_exit:
                 raise ValueError(f"early_exit={early_exit}: {reason}")
+        for name, other in (("adapter", adapter), ("old", old)):
+            if other is not None and base is None:
+                raise ValueError(f"model.{name} needs a trained model: name its checkpoint with model.base=PATH")
+        if old is not None and old.out_dims != task.out_dims:
+            raise ValueError(
+                f"model.old asks for {old.out_dims} answers (positions, classes), the task for {task.out_dims}"
+            )
+        if base is not None:
+            self._load_base(self.model)
+        if adapter is not None:
+            self.model = attach(self.model, adapter, base)
+            self.train()
         self.optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
         self.clip = None if optim.clip_quantile is None else QuantileClip(optim.clip_quantile, optim.clip_history)
+
+    def _load_base(self, model: Thinker) -> Thinker:
+        checkpoint.load_weights(model, checkpoint.load(self.base).state_dict(), self.base)
+        return model
 
     def forward(self, *inputs: Tensor) -> Thought:
         """The thought, of its ticks those at which an answer is due."""
@@ -196,10 +222,12 @@ class LitCTM(LightningModule):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, content: dict) -> None:
+        super().on_save_checkpoint(content)
         content["ctm"] = checkpoint.describe(self.model)
         if self.clip:
             content["clip"] = self.clip.state_dict()
 
     def on_load_checkpoint(self, content: dict) -> None:
+        super().on_load_checkpoint(content)
         if self.clip and "clip" in content:
             self.clip.load_state_dict(content["clip"])

@@ -23,6 +23,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftConfig
 
 from ctm.checkpoint import arguments, compare, read
 from tasks.run import (
@@ -205,6 +206,12 @@ def explain(message: str, parser: Parser) -> str:
         key = next(group for group in match.groups() if group)
         full = (typed(key) or key).partition("=")[0].replace(".init_args", "")
         return f"unknown key {full!r}{nearest(full, known_keys(parser))}"
+    path = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', text))
+    if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        near = nearest(match[1], list(subclasses(PeftConfig))) if path == "model.adapter" else ""
+        return f"{path}={match[1]}: there is no such class{near}"
+    if match := re.search(r"the following arguments are required: (\w+)", text):
+        return f"{path}.{match[1]} is required"
     value = re.search(r"Expected an? (.*?)\. Got value: (.*?)(?:\.? |$)", text)
     nested = re.search(r"NestedArg\(key='([\w.]+)'", text)
     key = nested or re.search(r'(?:Parser key|[Kk]ey) "([\w.]+)"|^([\w.]+): ', text)
@@ -216,18 +223,35 @@ def explain(message: str, parser: Parser) -> str:
 
 
 def known_keys(parser: Parser) -> list[str]:
-    """Every key that a person can write: the parser's own, and those of the classes that the given files choose."""
+    """Every key that a person can write: the parser's own, and those of the classes that files and words choose."""
     subcommand = next((name for name in SUBCOMMANDS if name in sys.argv[1:2]), None)
     parser = (getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices[subcommand]) or parser
     keys = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in sys.argv[1:]:
-        if word.startswith("--config="):
-            content = content_of(word.partition("=")[2])
-            for part in ("model", "data"):
-                if path := (content.get(part) or {}).get("class_path"):
-                    module, _, name = path.rpartition(".")
-                    keys |= set(signature_keys(getattr(importlib.import_module(module), name), part))
+        key, _, value = word.lstrip("-").partition("=")
+        if key == "config":
+            for part, chosen in content_of(value).items():
+                keys |= set(chosen_keys(chosen, part))
+        elif cls := subclasses(PeftConfig).get(value.rpartition(".")[2]):
+            keys |= set(signature_keys(cls, key))
     return sorted(key for key in keys if not key.endswith("help"))
+
+
+def chosen_keys(chosen: object, prefix: str) -> Iterator[str]:
+    """Keys of a class that a file chooses by `class_path`, and of the classes chosen for its arguments."""
+    if not isinstance(chosen, dict) or not {"class_path", "init_args"} & set(chosen):
+        return
+    module, _, name = chosen.get("class_path", "").rpartition(".")
+    if module:
+        yield from signature_keys(getattr(importlib.import_module(module), name), prefix)
+    for argument, value in (chosen.get("init_args") or {}).items():
+        yield from chosen_keys(value, f"{prefix}.{argument}")
+
+
+def subclasses(cls: type) -> dict[str, type]:
+    """All classes under one, by name."""
+    direct = cls.__subclasses__()
+    return {sub.__name__: sub for sub in direct} | {k: v for sub in direct for k, v in subclasses(sub).items()}
 
 
 def signature_keys(cls: type, prefix: str) -> Iterator[str]:

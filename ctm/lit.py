@@ -1,6 +1,8 @@
 """The LightningModule around a CTM or a baseline. What is learned is the task's matter, how it thinks the model's."""
 
+import math
 from collections.abc import Callable
+from itertools import islice
 from time import perf_counter
 from typing import Literal
 
@@ -98,9 +100,14 @@ class LitCTM(Adapting, LightningModule):
         checkpoint.load_weights(model, checkpoint.load(self.base).state_dict(), self.base)
         return model
 
-    def forward(self, *inputs: Tensor) -> Thought:
-        """The thought, of its ticks those at which an answer is due."""
-        thought, ticks = self.model(*inputs), self.model.encoder.answer_ticks
+    @torch.inference_mode(False)  # which a test is in, and which a model remembers
+    def _before_training(self) -> Thinker:
+        return self._load_base(checkpoint.build(checkpoint.describe(self.model))).to(self.device).eval()
+
+    def forward(self, *inputs: Tensor, model: Thinker | None = None) -> Thought:
+        """The thought (of another model, if one is given), of its ticks those at which an answer is due."""
+        model = model or self.model
+        thought, ticks = model(*inputs), model.encoder.answer_ticks
         if ticks is None:
             return thought
         return thought._replace(predictions=thought.predictions[:, -ticks:], certainty=thought.certainty[:, -ticks:])
@@ -144,12 +151,16 @@ class LitCTM(Adapting, LightningModule):
     def on_test_start(self) -> None:
         self.by_difficulty, self.calibration = ByDifficulty(), Calibration(self.task.out_dims[1])
         self.seconds = {}
+        if self.base is not None:  # in a tuple, so that it is no part of this module
+            self.before = (self._before_training(),)
 
     def test_step(self, batch, batch_idx: int) -> None:
         thought, values = self._evaluate("test", batch)
         if (targets := self.task.targets(batch)) is not None:
             self.calibration.update(thought, targets)
         more = self.task.test_metrics(self.model, batch, self.most_certain) | self._exit_early(batch)
+        if self.base is not None:
+            more |= {f"before_{self.task.headline}": self._headline(self.task, batch, self.before[0])}
         self._log_values("test", more)
         if (difficulty := self.task.difficulty(batch)) is not None:
             self.by_difficulty.update(difficulty, values | more)
@@ -180,7 +191,23 @@ class LitCTM(Adapting, LightningModule):
             torch.cuda.synchronize()
         return perf_counter()
 
+    def _headline(self, task: Task, batch, model: Thinker | None = None) -> Tensor:
+        *inputs, _ = batch
+        return task.metrics(self(*inputs, model=model), batch, self.most_certain)[task.headline]
+
+    def _test_old(self) -> None:
+        """What the base was trained for, before and after."""
+        loader, limit, name = self.old.test_dataloader(), self.trainer.limit_test_batches, self.old.headline
+        for batch in islice(loader, limit if isinstance(limit, int) else math.ceil(limit * len(loader))):
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            with self.trainer.precision_plugin.test_step_context():
+                values = {f"old_{name}": self._headline(self.old, batch)}
+                values[f"old_before_{name}"] = self._headline(self.old, batch, self.before[0])
+            self._log_values("test", values)
+
     def on_test_epoch_end(self) -> None:
+        if self.old is not None:
+            self._test_old()
         self._log_values("test", {name: value[None] for name, value in self.calibration.compute().items()})
         self.difficulty_rows = self.by_difficulty.rows()
 

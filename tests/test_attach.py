@@ -268,7 +268,7 @@ def test_one_key_makes_it_lora_or_full(words, train, base, tmp_path):
         assert len(state) == 16 and all(".lora_" in name for name in state)
         expert = PeftModel.from_pretrained(ctm.load(base), folder / "adapter").eval()
         with torch.no_grad():
-            assert torch.equal(expert(images()).predictions, found(images()).predictions)
+            assert relative(expert(images()).predictions, found(images()).predictions) < 1e-6
         assert torch.equal(found.net.query.base_layer.weight, first["net.query.weight"])
 
 

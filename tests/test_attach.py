@@ -149,6 +149,14 @@ def test_an_adapter_is_put_on_its_base_again_and_on_no_other():
         reattach(thinker(), described, {})
 
 
+def test_what_was_loaded_in_inference_mode_thinks_and_trains(base):
+    with torch.inference_mode():
+        model = ctm.load(base)
+        model(images())
+    attach(model, METHODS["svf"])(images()).predictions.sum().backward()
+    assert model.net.query.svf_z["default"].grad.abs().max() > 0
+
+
 def test_the_fingerprint_is_of_every_value_and_name():
     model = thinker()
     first = fingerprint(model)
@@ -234,6 +242,9 @@ def test_a_run_that_trains_an_adapter(train, base, tmp_path, capsys, monkeypatch
     with pytest.raises(ValueError, match="this base is"):
         PeftModel.from_pretrained(ctm.load(other), whole / "adapter")
 
+    with pytest.raises(ValueError, match="is an adapter without its base"):
+        checkpoint.export(whole / "checkpoints/best.ckpt", tmp_path / "best.safetensors")
+
     # The other commands read it with its own settings.
     capsys.readouterr()
     train("test", "task=svf_maze", "run=whole", "ckpt_path=best")
@@ -290,6 +301,10 @@ def test_a_base_brings_its_sizes_and_data_below_the_file_and_the_words(train, ba
     long = built("fit", "--config", ROOT / "configs/svf_maze.yaml", "--model.base", base, "--data.size", "13",
                  "--model.ctm.ticks", "7")[1]  # fmt: skip
     assert {k: v for k, v in long.items() if k != "config"} == {k: v for k, v in config.items() if k != "config"}
+    exported = base.with_suffix(".safetensors")
+    checkpoint.export(base, exported)
+    line, config = built("task=svf_maze", f"model.base={exported}")
+    assert line.model.old.size == 9 and config["data"]["init_args"]["batch_size"] == 8, "an exported one, too"
     line, _ = built("task=maze", f"model.base={base}", "data.size=9", *[f"model.ctm.{k}={v}" for k, v in SIZES.items()])
     assert line.model.adapter is None and line.model.task.size == 9, "any task file takes a base"
 

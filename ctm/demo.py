@@ -180,12 +180,12 @@ class Demo:
         return ((z_TD[:, self.neurons] - self.usual) / self.spread * 1000).clamp(-32000, 32000)
 
     def choose_neurons(self) -> None:
-        """Which neurons are shown, and where: those that move most over a few mazes, so that neighbours act alike.
+        """Which neurons are shown, and where: those that move most over a few mazes, sorted by likeness.
 
-        They fill a grid column by column: sorted by the first principal component into columns, by the second within.
+        They fill a grid column by column, by their first principal component into columns, by the second within one.
         """
         n = self.task.size
-        mazes = [make_maze(n, Random(seed), self.task.algorithm) for seed in range(4)]
+        mazes = [make_maze(n, Random(seed), self.task.algorithm) for seed in range(16)]
         _, seen = self.think(mazes)
         self.neurons, self.usual, self.spread = torch.arange(0), torch.ones(0), torch.ones(0)
         if seen.post_activations is None:

@@ -431,7 +431,8 @@ class Report(Callback):
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
-        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
+        of = f" ({trainer.ckpt_path})" if trainer.ckpt_path else ""
+        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples{of}")
 
 
 class Predictions(BasePredictionWriter):

@@ -66,6 +66,8 @@ class Demo:
             self.model = checkpoint.load(path)
         except (ValueError, TypeError) as error:
             raise UserError(f"ckpt_path: {error}") from error
+        if self.model.net.out_dims != self.task.out_dims:
+            raise UserError(f"ckpt_path: {path} answers {self.model.net.out_dims}, its task asks {self.task.out_dims}")
         net, n = self.model.net, self.task.size
         self.path, self.lock = path, Lock()
         self.ticks = getattr(net.config, "ticks", 1)
@@ -113,8 +115,8 @@ class Demo:
 
         Returns:
             `answer`: the tick that counts, the most certain one (the last for an LSTM), from 0. `certainty` (T,).
-            `places` (T, P + 1): the walk along the predicted moves; moves into walls are left out, and after two of
-            them nothing moves. `length` (T,): how many moves of it count, to the goal or to where it stops; `clean`
+            `places` (T, P + 1): the walk along the predicted moves; up to two moves into walls are left out, and
+            at the third it stops. `length` (T,): how many moves of it count, to the goal or to where it stops; `clean`
             (T,): how many of these before the first move into a wall. `reached` (T,): the goal, touching no wall.
             `teleport`: where re-application goes on, the last place of the answer that was no start before; None where
             there is none, or the goal was passed. `shortest`: moves of the shortest route. `attention` (T, heads, S),

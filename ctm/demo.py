@@ -394,13 +394,11 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
+    torch.set_num_threads(1)  # one maze is too little work to share out
     try:
         server = open_server(**arguments(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
-    torch.set_num_threads(
-        1
-    )  # one maze is too little work to share out, and waiting for others costs more than it gains
     about = server.demo.about()
     if not is_loopback(server.host):
         print(f"warning: host={server.host} lets everyone who can reach this machine use the page, without a password")

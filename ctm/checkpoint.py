@@ -17,6 +17,8 @@ from ctm import encoders
 from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
 from ctm.model import CTM, CTMConfig, Thinker
 
+SHIPPED = Path(__file__).parent.parent
+"""Where a path such as ctm/assets/maze.safetensors holds from, wherever a program was started."""
 EXPORTED = ("ctm", "config", "global_step")
 """What of a checkpoint goes into the metadata of an exported one."""
 NETS = {"ctm": (CTM, CTMConfig), "lstm": (LSTM, LSTMConfig), "ff": (FeedForward, FFConfig)}
@@ -44,6 +46,16 @@ def build(spec: dict) -> Thinker:
     return Thinker(encoder, cls(config_cls(**spec["config"]), tuple(spec["out_dims"]), **spec["sizes"]))
 
 
+def arguments(spec: dict) -> dict:
+    """The arguments of `ctm.lit.LitCTM`, as in a configuration file, for a model of this description."""
+    encoder = {name: value for name, value in spec["encoder"].items() if name != "name"}
+    return {
+        "net": spec["net"],
+        spec["net"]: spec["config"],
+        "encoder": {"class_path": f"ctm.encoders.{spec['encoder']['name']}", "init_args": encoder},
+    }
+
+
 def read(path: str | Path) -> dict:
     """A checkpoint's content, on the CPU, by `torch.load(weights_only=True)`; or that of a file that `export` wrote.
 
@@ -52,6 +64,8 @@ def read(path: str | Path) -> dict:
         ValueError: where it is not a whole, readable checkpoint.
     """
     path = Path(path)
+    if not path.is_file() and (SHIPPED / path).is_file():
+        path = SHIPPED / path
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
@@ -91,6 +105,8 @@ def export(source: str | Path, target: str | Path) -> None:
         raise FileExistsError(f"{target} is there already; nothing was written")
     load(source)  # refuses what is no whole model
     content = read(source)
+    if "adapter" in content:
+        raise ValueError(f"{source} is an adapter without its base; its own small file is in its run's folder adapter")
     config = {name: content.get("config", {}).get(name) for name in ("task", "seed_everything", "model", "data")}
     about = {"ctm": content["ctm"], "config": config, "global_step": content.get("global_step", 0)}
     state = {
@@ -100,17 +116,31 @@ def export(source: str | Path, target: str | Path) -> None:
     save_file(state, target, {"format": "pt"} | {name: json.dumps(about[name]) for name in EXPORTED})
 
 
+@torch.inference_mode(False)  # tensors made in it could never be trained, nor thought with on the fast path
 def load(path: str | Path) -> Thinker:
     """The trained model of a checkpoint, in evaluation mode. No Lightning, no task, no configuration needed.
 
+    That of an adapter run, which does not hold its base, is put on the base that it names.
+
     Raises:
-        FileNotFoundError, ValueError: where the file is missing, damaged or no checkpoint of a model of this package.
+        FileNotFoundError, ValueError: where the file (or its base) is missing, damaged or no checkpoint of a model of
+            this package, or the base is no longer the one that was adapted.
     """
     checkpoint = read(path)
     if "ctm" not in checkpoint:
         raise ValueError(f"{path} is a checkpoint, but not of a model of this package: it does not describe one")
     model = build(checkpoint["ctm"])
-    load_weights(model, {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}, path)
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+    if adapter := checkpoint.get("adapter"):
+        from svf.attach import reattach
+
+        try:
+            load_weights(model, load(adapter["base"]).state_dict(), adapter["base"])
+            reattach(model, adapter, state)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{path} is an adapter, and its base cannot be used: {error}") from error
+    else:
+        load_weights(model, state, path)
     return model.eval()
 
 

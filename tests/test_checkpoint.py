@@ -107,7 +107,7 @@ def test_train_py_takes_an_exported_model(train, tmp_path):
     small = tmp_path / "small.safetensors"
     checkpoint.export(tmp_path / "runs/maze/one/checkpoints/best.ckpt", small)
     printed = ok("test", "task=maze", f"ckpt_path={small}", "run=two")
-    assert "of 64 unseen test samples\n" in printed and "untrained" not in printed
+    assert f"of 64 unseen test samples ({small})" in printed and "untrained" not in printed
     one, two = (json.loads((tmp_path / f"runs/maze/{run}/test.json").read_text()) for run in ("one", "two"))
     assert two["test/loss"] == pytest.approx(one["test/loss"], rel=0.02)
 

@@ -90,6 +90,9 @@ class Sandbox:
             trial = self.run([TRIAL.format(**asdict(self.limits))])[0]
             if not trial.ok:
                 raise RuntimeError(f"{NOT_HERE} (in a trial run {trial.output.strip() or trial.reason})")
+        except OSError as error:
+            self.close()
+            raise RuntimeError(f"{NOT_HERE} ({error})") from None
         except RuntimeError:
             self.close()
             raise

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,8 @@ import pytest
 from svf import sandbox as module
 from svf.sandbox import Result, Sandbox
 
-LIMITS = {"seconds": 0.5, "wall_seconds": 1.5, "memory_mb": 192, "processes": 12, "files_mb": 4, "output_kb": 32}
+SPACES = {"user", "pid", "net", "ipc", "mnt"}
+LIMITS = {"seconds": 0.7, "wall_seconds": 2.5, "memory_mb": 128, "processes": 12, "files_mb": 4, "output_kb": 32}
 
 BEFORE = '''
 import ctypes, os, signal, socket, sys, time
@@ -143,7 +145,7 @@ while len(x) < 2000:
 ### memory of many: memory:
 for _ in range(6):
     if os.fork() == 0:
-        x = bytearray(os.urandom(1) * (100 << 20))
+        x = bytearray(os.urandom(1) * (40 << 20))
         time.sleep(60)
 [os.wait() for _ in range(6)]
 ### memory that is not a process's: : -1 -1
@@ -254,12 +256,14 @@ try:
 except RuntimeError as error:
     sys.exit(str(error))
 names = f"SECRET, TRAINER = {secret!r}, {os.getpid()}\\n"
-results = box.run([names + program for program in programs])
 mark = str(limits["wall_seconds"]).encode()
-running = [sum(mark in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))]
+running = lambda: sorted(str(path) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in path.read_bytes())
+seen = [running()]
+results = box.run([names + program for program in programs])
+seen.append(running())
 box.close()
-running.append(sum(mark in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")))
-print(json.dumps({"results": [(r.ok, r.output, r.reason) for r in results], "running": running}))
+seen.append(running())
+print(json.dumps({"results": [(r.ok, r.output, r.reason) for r in results], "running": seen}))
 """
 
 
@@ -335,7 +339,9 @@ def test_outcome(outcome, name):
 
 
 def test_nothing_is_left(outcome):
-    assert outcome[1] == [2, 0]  # the two helpers, and none once it is closed
+    before, after, closed = outcome[1]
+    assert len(before) == 2 and after == before  # the same two helpers and nothing else
+    assert closed == []
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +369,27 @@ def test_a_program_is_as_repeatable_as_it_can_be(box):
 def test_an_early_exit_counts_as_good(box):
     """Said in the docstring of Result: a checker that appends tests has to see that they were reached."""
     assert box.run(["import os; os._exit(0); assert False"])[0] == Result(True, "", "")
+
+
+def test_seen_from_outside(box):
+    helper = box._idle.get()
+    box._idle.put(helper)
+    thread = threading.Thread(target=box.run, args=(["import time; time.sleep(60)"],))
+    thread.start()
+    children = Path(f"/proc/{helper.process.pid}/task/{helper.process.pid}/children")
+    status = {}
+    while status.get("Seccomp") != "2":  # the last thing to be taken from it
+        time.sleep(0.01)
+        if child := children.read_text().split():
+            status = dict(line.split(":\t") for line in Path(f"/proc/{child[0]}/status").read_text().splitlines())
+    spaces = {name: [os.readlink(f"/proc/{p}/ns/{name}") for p in (child[0], "self")] for name in SPACES}
+    os.kill(int(child[0]), signal.SIGKILL)
+    thread.join()
+    assert {name for name, (theirs, ours) in spaces.items() if theirs != ours} == SPACES
+    assert "0" not in status["Uid"].split() + status["Gid"].split()
+    assert {status[f"Cap{kind}"] for kind in ("Prm", "Eff", "Inh", "Amb")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1"
+    assert status["Groups"].split() == ([] if os.geteuid() == 0 else list(map(str, os.getgroups())))
 
 
 def test_a_helper_that_was_killed_is_replaced(box):
@@ -418,7 +445,7 @@ def test_helpers_end_with_their_trainer(tmp_path):
     [
         ('print(\'{"error": "unshare: Operation not permitted"}\')', "unshare: Operation not permitted"),
         (
-            "print('{}', flush=True)\nfor line in sys.stdin: print(json.dumps(answer(json.loads(line))), flush=True)",
+            "print('{}', flush=True)\nfor line in sys.stdin: print(answer(json.loads(line)), flush=True)",
             "alone",
         ),
         ("pass", "helper is gone"),
@@ -430,7 +457,7 @@ def test_refuses_to_start_where_nothing_holds(tmp_path, monkeypatch, jail, words
         import json, subprocess, sys
         def answer(program):
             ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd="/")
-            return {"ok": ran.returncode == 0, "output": ran.stdout, "reason": "" if ran.returncode == 0 else "error"}
+            return json.dumps({"ok": ran.returncode == 0, "output": ran.stdout, "reason": "error"})
     """
     monkeypatch.setattr(module, "JAIL", tmp_path / "jail.py")
     module.JAIL.write_text(f"{head}\n{jail}\n")

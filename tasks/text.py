@@ -2,9 +2,9 @@
 
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
-    math    7+5-3+6=                      =15        or worked out: 12,9=15
-    logic   a>d d>e a>b b>c: a to c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
-    code    3 more than 2 times x:        x=3+2*x    or step by step: x*=2;x+=3             (run and tested)
+    math    7+5-3+6=                   =15        or worked out: 12,9=15
+    logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
+    code    +3 of *2 of x:             x=3+2*x    or step by step: x*=2;x+=3             (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
 more usual way, and which way a model can walk without a slip is another matter. Targets, like the text that the shipped
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from svf.adapt import CLASSIFY
 
@@ -180,8 +180,8 @@ def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
     path = paths[0]
-    question = f"{start} to {path[-1]}?"
-    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}: {question}"
+    question = f"{start}>{path[-1]}?"
+    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
     target = ">".join(path) if rng.random() < USUAL else "<".join(path[::-1])
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
@@ -208,44 +208,39 @@ class Line:
         return f"for x in {INPUTS}:\n    scope = {{'x': x}}\n    exec({completion!r}, scope)\n    print(scope['x'])\n"
 
 
-@dataclass(frozen=True)
-class Operation:
-    """`number` more than, less than or times something."""
+class Operation(NamedTuple):
+    """What is done to a number: +3, -3 or *3."""
 
-    kind: Literal["more than", "less than", "times"]
+    sign: str
     number: int
 
     def __call__(self, x: int) -> int:
-        return {"more than": x + self.number, "less than": x - self.number, "times": x * self.number}[self.kind]
-
-    @property
-    def sign(self) -> str:
-        return {"more than": "+", "less than": "-", "times": "*"}[self.kind]
+        return {"+": x + self.number, "-": x - self.number, "*": x * self.number}[self.sign]
 
 
 def _operations(rng: random.Random, n: int) -> list[Operation]:
-    """Innermost first; no two of the same kind follow each other."""
-    kinds = []
-    while len(kinds) < n:
-        kind = rng.choice(("more than", "less than", "times"))
-        if kind not in kinds[-1:]:
-            kinds.append(kind)
-    return [Operation(kind, rng.randint(2, 9) if kind == "times" else rng.randint(1, 9)) for kind in kinds]
+    """Innermost first; no two of the same sign follow each other."""
+    signs: list[str] = []
+    while len(signs) < n:
+        if (sign := rng.choice("+-*")) not in signs[-1:]:
+            signs.append(sign)
+    return [Operation(sign, rng.randint(2 if sign == "*" else 1, 9)) for sign in signs]
 
 
 def _phrase(operations: list[Operation], inner: str) -> str:
-    """The last operation is said first, as English does: 3 more than 2 times x."""
-    return " ".join([f"{o.number} {o.kind}" for o in reversed(operations)] + [inner])
+    """The last operation is said first: +3 of *2 of x."""
+    return " of ".join([f"{o.sign}{o.number}" for o in reversed(operations)] + [inner])
 
 
-def _expression(operations: list[Operation], inner: str) -> str:
+def _expression(operations: list[Operation]) -> str:
     """In the same order: 3+2*x."""
-    text = inner
-    for i, operation in enumerate(operations):
-        if operation.kind == "times" and i > 0 and operations[i - 1].kind != "times":
-            text = f"({text})"
-        sign = {"more than": "+", "less than": "", "times": "*"}[operation.kind]
-        text = f"-{operation.number}+{text}" if operation.kind == "less than" else f"{operation.number}{sign}{text}"
+    text, before = "x", ""
+    for sign, number in operations:
+        if sign == "*":
+            text = f"{number}*({text})" if before else f"{number}*{text}"
+        else:
+            text = f"{number}+{text}" if sign == "+" else f"-{number}+{text}"
+        before = sign
     return text
 
 
@@ -263,19 +258,19 @@ def _code(rng: random.Random) -> tuple[str, Sample]:
     operations = _operations(rng, rng.choices((1, 2, 3), (1, 4, 5))[0])
     prompt = _phrase(operations, "x:")
     steps = ";".join(f"x{o.sign}={o.number}" for o in operations)
-    target = steps if rng.random() < USUAL else f"x={_expression(operations, 'x')}"
+    target = steps if rng.random() < USUAL else f"x={_expression(operations)}"
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
 
 def _constants(rng: random.Random) -> tuple[str, Sample]:
     """Programs with a sum in the place of a number: code with a little math."""
     first, second = _operations(rng, 2)
-    while first.kind == "times":
+    while first.sign == "*":
         first, second = _operations(rng, 2)
     a, b = first.number, rng.randint(1, 9)
-    operations = [Operation(first.kind, a + b), second]
+    operations = [Operation(first.sign, a + b), second]
     rng.shuffle(operations)
-    prompt = _phrase(operations, "x:").replace(f"{a + b} {first.kind}", f"{a}+{b} {first.kind}", 1)
+    prompt = _phrase(operations, "x:").replace(f"{first.sign}{a + b} ", f"{first.sign}({a}+{b}) ", 1)
     target = ";".join(f"x{o.sign}={o.number}" for o in operations)
     return prompt, Sample(prompt, "constants", target, Program(Line(), _values(operations)))
 
@@ -377,7 +372,7 @@ def samples(domain: str, part: Part, n: int | None = None, seed: int = 0) -> lis
     """
     wanted = DEFAULT_N.get(part, 0) if n is None else n
     found: dict[str, Sample] = {}
-    for position in range(1000 + 50 * wanted):
+    for position in range(1000 + 10 * wanted):
         if len(found) == wanted:
             break
         sample = make(domain, part, seed, position)

@@ -4,7 +4,7 @@ Generated here, small enough for a model of a million parameters (an answer has 
 
     math    7+5-3+6=                   =15        or worked out: 12,9=15
     logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
-    code    +3 of *2 of x:             x=3+2*x    or step by step: x*=2;x+=3             (run and tested)
+    code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
 more usual way, and which way a model can walk without a slip is another matter. Targets, like the text that the shipped
@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from torch.utils.data import Dataset
+
 from svf.adapt import CLASSIFY
+from tasks.base import Task
 
 Part = Literal["train", "selection", "test"]
 PARTS: tuple[Part, ...] = ("train", "selection", "test")
@@ -228,37 +231,36 @@ def _operations(rng: random.Random, n: int) -> list[Operation]:
 
 
 def _phrase(operations: list[Operation], inner: str) -> str:
-    """The last operation is said first: +3 of *2 of x."""
+    """The last operation is said first: +3 of *2 of -4 of x."""
     return " of ".join([f"{o.sign}{o.number}" for o in reversed(operations)] + [inner])
 
 
-def _expression(operations: list[Operation]) -> str:
-    """In the same order: 3+2*x."""
-    text, before = "x", ""
-    for sign, number in operations:
-        if sign == "*":
-            text = f"{number}*({text})" if before else f"{number}*{text}"
-        else:
-            text = f"{number}+{text}" if sign == "+" else f"-{number}+{text}"
-        before = sign
-    return text
+def _simplified(operations: list[Operation]) -> str:
+    """The same in one go: x=2*x-5."""
+    offset = _after(operations, 0)
+    slope = _after(operations, 1) - offset
+    return "x=" + (f"{slope}*x" if slope > 1 else "x") + (f"{offset:+d}" if offset else "")
+
+
+def _steps(operations: list[Operation]) -> str:
+    return ";".join(f"x{o.sign}={o.number}" for o in operations)
+
+
+def _after(operations: list[Operation], x: int) -> int:
+    for operation in operations:
+        x = operation(x)
+    return x
 
 
 def _values(operations: list[Operation]) -> str:
     """What the program prints for the test inputs."""
-    results = []
-    for x in INPUTS:
-        for operation in operations:
-            x = operation(x)
-        results.append(str(x))
-    return "\n".join(results)
+    return "\n".join(str(_after(operations, x)) for x in INPUTS)
 
 
 def _code(rng: random.Random) -> tuple[str, Sample]:
     operations = _operations(rng, rng.choices((1, 2, 3), (1, 4, 5))[0])
     prompt = _phrase(operations, "x:")
-    steps = ";".join(f"x{o.sign}={o.number}" for o in operations)
-    target = steps if rng.random() < USUAL else f"x={_expression(operations)}"
+    target = _simplified(operations) if rng.random() < USUAL else _steps(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
 
@@ -271,7 +273,7 @@ def _constants(rng: random.Random) -> tuple[str, Sample]:
     operations = [Operation(first.sign, a + b), second]
     rng.shuffle(operations)
     prompt = _phrase(operations, "x:").replace(f"{first.sign}{a + b} ", f"{first.sign}({a}+{b}) ", 1)
-    target = ";".join(f"x{o.sign}={o.number}" for o in operations)
+    target = _steps(operations)
     return prompt, Sample(prompt, "constants", target, Program(Line(), _values(operations)))
 
 
@@ -280,9 +282,8 @@ def _words(rng: random.Random) -> tuple[str, Sample]:
     value = 100
     while not 0 <= value < 100:
         operations = _operations(rng, 2)
-        value = start = rng.randint(1, 20)
-        for operation in operations:
-            value = operation(value)
+        start = rng.randint(1, 20)
+        value = _after(operations, start)
     prompt = _phrase(operations, f"{start}=")
     return prompt, Sample(prompt, "words", f"={value}", Number(value))
 
@@ -380,3 +381,108 @@ def samples(domain: str, part: Part, n: int | None = None, seed: int = 0) -> lis
     if n is not None and len(found) < n:
         raise ValueError(f"there are not {n} different {domain} samples in {part}, but {len(found)}")
     return list(found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Batch(NamedTuple):
+    """As a loader gives it."""
+
+    samples: list[Sample]
+
+
+class Stream(Dataset):
+    """Endless training samples: domains take turns, each by its share; none depends on what the others are."""
+
+    def __init__(self, turns: list[str], draw: Callable[[str, int], Sample]):
+        self.turns, self.draw = turns, draw
+        self.nth = [self.turns[:i].count(domain) for i, domain in enumerate(self.turns)]
+
+    def __getitem__(self, position: int) -> Sample:
+        round_, turn = divmod(position, len(self.turns))
+        domain = self.turns[turn]
+        return self.draw(domain, round_ * self.turns.count(domain) + self.nth[turn])
+
+
+class TextTask(Task):
+    """Requests with answers that can be verified.
+
+    Args:
+        domain: what to learn: a name or several.
+        shares: how many samples of each domain there are for one of another; one of each if not given.
+        others: domains that are tested besides, to see what was forgotten.
+        n_val: requests of a domain's selection part, which choose the best checkpoint.
+        n_test: requests of a domain's test part.
+        batch_size: requests of a step, per process, for every domain (and share of it).
+        eval_batch_size: requests of a step in validation and test.
+        num_workers: processes that make training samples; 0 makes them in the main process.
+        allow_code_execution: whether what the model writes may be run, in a sandbox. The domain code needs it.
+    """
+
+    def __init__(
+        self,
+        domain: str | list[str] = "math",
+        shares: list[int] | None = None,
+        others: list[str] | None = None,
+        n_val: int = 512,
+        n_test: int = 1024,
+        batch_size: int = 64,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        allow_code_execution: bool = False,
+    ):
+        self.domains = [domain] if isinstance(domain, str) else list(domain)
+        self.others = [name for name in others or [] if name not in self.domains]
+        shares = shares or [1] * len(self.domains)
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"data.domain={domain}: give a name, or several different ones")
+        if len(shares) != len(self.domains) or min(shares) < 1:
+            raise ValueError(f"data.shares={shares}: give a whole number above 0 for each of {', '.join(self.domains)}")
+        self.turns = [
+            name for turn in range(max(shares)) for name, n in zip(self.domains, shares, strict=True) if turn < n
+        ]
+        super().__init__(batch_size * len(self.turns), eval_batch_size, num_workers)
+        self.at_least(batch_size=(batch_size, 1), n_val=(n_val, 1), n_test=(n_test, 1))
+        self.n = {"val": n_val, "test": n_test}
+        self.sandbox = None
+        for name in (*self.domains, *self.others):
+            if make(name, "train", 0, 0).runs_code and self.sandbox is None:
+                self.sandbox = self._sandbox(name, allow_code_execution)
+
+    @staticmethod
+    def _sandbox(domain: str, allowed: bool):
+        if not allowed:
+            raise ValueError(
+                f"data.domain={domain} is judged by running what the model writes: allow it, in a sandbox, with "
+                "data.allow_code_execution=true"
+            )
+        from svf.sandbox import Sandbox
+
+        try:
+            return Sandbox()
+        except RuntimeError as error:
+            raise ValueError(f"data.domain={domain} needs a sandbox: {error}") from error
+
+    def dataset(self, split: str) -> Dataset | list[Sample]:
+        if split == "train":
+            return Stream(self.turns, lambda domain, position: make(domain, "train", self.seed, position))
+        part = "selection" if split == "val" else "test"
+        domains = self.domains if split == "val" else self.domains + self.others
+        return [sample for domain in domains for sample in samples(domain, part, self.n[split])]
+
+    def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
+        """Which completions are right."""
+        return check(samples, completions, self.sandbox)
+
+    @staticmethod
+    def collate(samples: list[Sample]) -> Batch:
+        return Batch(samples)
+
+    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
+        return batch
+
+    def describe(self) -> str:
+        n = self.n
+        return f"{', '.join(self.domains)}: {n['val']} requests to select by and {n['test']} to test with, of each"

@@ -120,7 +120,7 @@ class LitLM(Adapting, LightningModule):
         scratch: Scratch | None = None,
         adapter: PeftConfig | None = None,
         objective: Literal["reward", "target"] = "reward",
-        policy: Policy = Policy(),  # noqa: B008 (frozen)
+        policy: Policy = Policy(),
         max_new_tokens: int = 16,
         micro_batch: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
@@ -384,8 +384,6 @@ class LitLM(Adapting, LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         answers = self._evaluate("val", batch)
         self.shown += [list(answer.values()) for answer in answers[: 16 - len(self.shown)]]
-                [s.domain, s.prompt, a["answer"], a["right"]] for s, a in zip(batch.samples, answers, strict=True)
-            ][:16]
 
     def on_validation_end(self) -> None:
         logger = next((logger for logger in self.loggers if isinstance(logger, WandbLogger)), None)

@@ -140,7 +140,7 @@ def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
         numbers = [rng.randint(1, 9) for _ in range(n)]
         signs = [rng.choice("+-") for _ in range(n - 1)]
         totals = _total(numbers, signs)
-        if min(totals) >= 0:
+        if min(totals) >= 0 and max(totals) <= 20:
             break
     prompt = "".join(f"{sign}{number}" for sign, number in zip(["", *signs], numbers, strict=True)) + "="
     between = "" if rng.random() < USUAL else ",".join(map(str, totals[1:-1]))

@@ -432,6 +432,9 @@ class Report(Callback):
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
         say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
+        for prefix, where in (("", "the same samples"), ("old_", "what the base was trained for")):
+            if (before := metrics.get(f"test/{prefix}before_{headline}")) is not None:
+                say(f"{headline}, {where}: {before:.1%} before, {metrics[f'test/{prefix}{headline}']:.1%} after")
 
 
 class Predictions(BasePredictionWriter):

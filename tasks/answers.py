@@ -138,7 +138,7 @@ SAME = [  # how the same is also written, in order
     (r"\\leq?(?![A-Za-z])|≤", "<="),
     (r"\\geq?(?![A-Za-z])|≥", ">="),
     (r"\\(?:infty)(?![A-Za-z])|∞", "inf"),
-    (r"(?<![\d,.])(\d{1,3}(?:(?:,|\{,\})\d{3})+)(?![\d,.]*\d)", lambda m: re.sub(r"\D", "", m[1])),
+    (r"(?<![\d,.])(\d{1,3}(?:(?:,|\{,\})\d{3})+)(?!\d|,\d)", lambda m: re.sub(r"\D", "", m[1])),
     (r"\s*\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}\s*|\s+(?:and|or)\s+", ","),
     (r"(?<=[\d}])\s*" + TEXT + r"(?:\s*\^\s*\{?\d\}?)?", ""),  # a unit
     (TEXT, r"\1"),

@@ -127,7 +127,8 @@ def enter() -> None:
     os.close(proc)
 
     if uid == 0:  # limits on processes do not bind root, so that its programs are another user's
-        os.setgroups([])
+        with suppress(PermissionError):  # root of a user namespace may be bound to keep them
+            os.setgroups([])
         os.setresgid(*[nobody[1]] * 3)
         os.setresuid(*[nobody[0]] * 3)
         call("prctl", PR_SET_DUMPABLE, 1)  # or its own files in /proc would be root's

@@ -205,9 +205,7 @@ def _from_hub(name: str, split: str, folder: Path) -> list[Row]:
         reason = "which takes pip install -e '.[text]'"
     except Exception as error:  # no network, no such set, a damaged cache: each raises others of its own
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    raise ValueError(
-        f"{name} is not in {folder.absolute()} and not to be had from the hub ({reason}); {_remedy(name, folder)}"
-    )
+    raise ValueError(f"{name} is neither on the disk nor to be had from the hub ({reason}); {_remedy(name, folder)}")
 
 
 def _remedy(name: str, folder: Path) -> str:

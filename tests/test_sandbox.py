@@ -450,7 +450,7 @@ ALONE = f"import os, sys; sys.path.insert(0, {str(Path(module.__file__).parent)!
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user cannot leave a group")
-def test_groups_of_root_are_left():
+def test_groups_of_root_are_left(box):
     program = f"{ALONE}; print(os.getgroups(), Sandbox(jobs=1).run(['import os; print(os.getgroups())'])[0].output)"
     ran = subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, extra_groups=[4], check=True

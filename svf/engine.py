@@ -1,16 +1,14 @@
 """Continuous batching: requests with mixtures of their own join and leave a running batch between two tokens.
 
-A newcomer's prompt is read alone, a piece at a time, as the model itself would read it; then its keys and values move
+A newcomer's prompt is read alone, a chunk at a time, as the model itself would read it; then its keys and values move
 into a slot of the batch, where every row has its own length and its own mixture of experts. Where a row ends, the last
-one moves into its slot. So nothing is padded, and no row waits for another one's end.
+one moves into its slot. So nothing is padded, and no row waits for the end of another one.
 """
 
-import contextlib
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Shapes: R rows in the batch, S slots, H key-value heads, L tokens a slot can hold, D head width, V vocabulary
+from svf.adapt import Adaptive, Route
+from svf.generate import Request
+
+# Shapes: R rows of the batch, S slots, H key-value heads, L tokens that fit a slot, D width of a head, V vocabulary
 
 
 class Full(Exception):
@@ -39,16 +40,16 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Request:
-    """What to answer, and how. `tell` is called in the engine's thread with every `Piece`, or once with an exception."""
+class Job:
+    """A request in work. `tell` is called in the engine's thread with every `Piece`, or once with an exception."""
 
+    request: Request
     prompt: Sequence[int]
+    """The request's tokens."""
     max_tokens: int
     tell: Callable[[Piece | Exception], None]
-    mixture: Mapping[str, float] | None = field(default_factory=dict)
-    """Expert -> weight; empty: the base. None: to be found by the engine's `route`."""
-    question: Any = None
-    """What `route` sees of it."""
+    route: Route | None = None
+    """What it is answered with; found by the model's strategy if not given."""
     temperature: float = 0.0
     """0: always the best token."""
     top_p: float = 1.0
@@ -58,100 +59,93 @@ class Request:
     """On the clock of `time.monotonic`."""
     cancelled: bool = False
     """Nobody wants the answer any more; may be set at any time."""
-    route: Any = None
-    """What `route` answered."""
     tokens: list[int] = field(default_factory=list)
     """The answer so far, with the token that ended it."""
+
+    def fail(self, problem: Exception) -> None:
+        """Ends it with an exception."""
+        self.cancelled = True
+        self.tell(problem)
 
 
 class Engine:
     """Answers requests with one model in one thread, the one that calls `run`.
 
     Args:
-        model: a causal language model of full attention, as it is or with SVF experts.
-        tokenizer: its own; used in the engine's thread only.
-        route: questions of requests without a mixture -> for each a route with its `mixture`, expert -> weight.
+        adaptive: the model, its experts, and what decides between them; of full attention, on one device.
         slots: rows that run together.
         context: tokens of prompt and answer; the model's own limit if not given.
         waiting: requests that may wait for a slot.
         chunk: tokens of prompts that are read between two tokens of the running rows.
 
     Raises:
-        ValueError: for a model whose cache holds something other than all keys and values.
+        ValueError: for a model that cannot read so much, or does not keep the keys and values of all its tokens.
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: Any,
-        route: Callable[[list[Any]], Sequence[Any]] | None = None,
-        slots: int = 16,
-        context: int | None = None,
-        waiting: int = 64,
-        chunk: int = 256,
+        self, adaptive: Adaptive, slots: int = 16, context: int | None = None, waiting: int = 64, chunk: int = 256
     ):
-        self.model, self.tokenizer, self.route = model, tokenizer, route
+        self.adaptive, self.library, self.model = adaptive, adaptive.library, adaptive.library.base
         self.slots, self.most_waiting, self.chunk = slots, waiting, chunk
-        limit = getattr(model.config, "max_position_embeddings", None) or context
+        limit = getattr(self.model.config, "max_position_embeddings", None) or context
         if limit is None:
             raise ValueError("the model does not say how many tokens it can read; give context")
         if context is not None and not 1 < context <= limit:
             raise ValueError(f"context {context} is not from 2 to {limit}, what the model can read")
         self.context = context or limit
-        ends = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
-        self.ends = {end for some in ends for end in (some if isinstance(some, list) else [some]) if end is not None}
-        self.device = model.get_input_embeddings().weight.device
+        self.ends = set(adaptive.generator.eos)
+        self.device = adaptive.generator.device
         self.rows: list[Row] = []
         self.newcomer: Newcomer | None = None
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Job] = deque()
         self.closing = False
         self.changed = threading.Condition()
-        with torch.no_grad():
-            self.batch = Batch(slots, self.context, self._try_out())
+        self.batch = Batch(slots, self.context, self._try_out())
 
+    @torch.no_grad()
     def _try_out(self) -> Cache:
         """What one token leaves in the model's own cache."""
         attention = getattr(self.model.config, "_attn_implementation", "sdpa")
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"rows of their own lengths need attention sdpa or eager, not {attention}")
         cache = DynamicCache(config=self.model.config)
-        self._forward([{}], input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._forward([self.library.weights()], input_ids=token, past_key_values=cache)
         if other := {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}:
             raise ValueError(f"only models of full attention can be served, not one with {', '.join(sorted(other))}")
         return cache
 
     # From other threads
 
-    def submit(self, request: Request) -> None:
+    def submit(self, job: Job) -> None:
         """Queues a request.
 
         Raises:
             Closed: after `close`.
             Full: where too many wait already.
-            ValueError: where prompt and answer together exceed the context, or the prompt is empty.
+            ValueError: where prompt and answer together are more than fits, or the prompt is empty.
         """
-        if not request.prompt:
+        if not job.prompt:
             raise ValueError("the prompt is empty")
-        if len(request.prompt) + request.max_tokens > self.context:
+        if len(job.prompt) + job.max_tokens > self.context:
             raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} of an answer are more than the "
+                f"a prompt of {len(job.prompt)} tokens and an answer of {job.max_tokens} are more than the "
                 f"{self.context} that fit"
             )
         with self.changed:
             if self.closing:
                 raise Closed("the server is shutting down")
             if len(self.waiting) >= self.most_waiting:
-                raise Full(f"{len(self.waiting)} requests wait already")
-            self.waiting.append(request)
+                raise Full(f"{len(self.waiting)} requests are waiting already; try again later")
+            self.waiting.append(job)
             self.changed.notify()
 
     def close(self, at_once: bool = False) -> None:
         """No more requests; `run` returns when those taken are answered, or `at_once`."""
         with self.changed:
             self.closing = True
-            if at_once:
-                for request in self._all():
-                    request.cancelled = True
+            for job in self._all() if at_once else ():
+                job.cancelled = True
             self.changed.notify()
 
     # In its own thread
@@ -175,91 +169,78 @@ class Engine:
             if self.rows:
                 self._write()
         except Exception as problem:  # of this batch; the next one may well succeed
-            traceback.print_exc()
             for row in self.rows:
-                row.request.tell(problem)
+                row.job.fail(problem)
             self.rows.clear()
 
-    def _all(self) -> list[Request]:
-        newcomer = [self.newcomer.request] if self.newcomer else []
-        return [*(row.request for row in self.rows), *newcomer, *self.waiting]
+    def _all(self) -> list[Job]:
+        newcomer = [self.newcomer.job] if self.newcomer else []
+        return [*(row.job for row in self.rows), *newcomer, *self.waiting]
 
     def _drop(self) -> None:
         """Leaves what nobody waits for any more."""
-        now, gone = time.monotonic(), set()
-        for request in self._all():
-            if request.cancelled:
-                gone.add(request)
-            elif now > request.deadline:
-                gone.add(request)
-                request.tell(TimeoutError("the time limit of the request is over"))
-        if not gone:
-            return
+        now = time.monotonic()
+        for job in self._all():
+            if now > job.deadline and not job.cancelled:
+                job.fail(TimeoutError("the request took longer than its time limit"))
         with self.changed:
-            self.waiting = deque(request for request in self.waiting if request not in gone)
-        if self.newcomer and self.newcomer.request in gone:
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        if self.newcomer and self.newcomer.job.cancelled:
             self.newcomer = None
         for i in reversed(range(len(self.rows))):
-            if self.rows[i].request in gone:
+            if self.rows[i].job.cancelled:
                 self._leave(i)
 
     def _find_routes(self) -> None:
-        """Routes, in one pass, of those whose turn may come next."""
-        free = self.slots - len(self.rows)
+        """Routes, all in one pass, of those whose turn may come next."""
         with self.changed:
-            lost = [request for request in list(self.waiting)[:free] if request.mixture is None]
-        if lost:
-            try:
-                self._route(lost)
-            except Exception:  # perhaps because of one of them
-                for request in lost:
-                    try:
-                        self._route([request])
-                    except Exception as problem:
-                        traceback.print_exc()
-                        request.cancelled = True
-                        request.tell(problem)
+            lost = [job for job in list(self.waiting)[: self.slots - len(self.rows)] if job.route is None]
+        try:
+            self._route(lost)
+        except Exception:  # perhaps because of one of them
+            for job in lost:
+                try:
+                    self._route([job])
+                except Exception as problem:
+                    job.fail(problem)
             self._drop()
 
-    def _route(self, requests: Sequence[Request]) -> None:
-        routes = self.route([request.question for request in requests])
-        for request, route in zip(requests, routes, strict=True):
-            request.route, request.mixture = route, route.mixture
+    def _route(self, jobs: Sequence[Job]) -> None:
+        for job, route in zip(jobs, self.adaptive.route([job.request for job in jobs]), strict=True):
+            job.route = route
 
     def _read(self) -> None:
-        """Goes on with prompts, up to a chunk."""
+        """Goes on with the next prompts, up to a chunk."""
         left = self.chunk
         while left > 0 and len(self.rows) < self.slots:
             if self.newcomer is None:
                 with self.changed:
-                    if not self.waiting or self.waiting[0].mixture is None:
+                    if not self.waiting or self.waiting[0].route is None:
                         return
                     self.newcomer = Newcomer(self.waiting.popleft(), DynamicCache(config=self.model.config))
-            one = self.newcomer
-            piece = one.request.prompt[one.read : one.read + left]
+            one, job = self.newcomer, self.newcomer.job
+            piece = job.prompt[one.read : one.read + left]
             try:
                 ids = torch.tensor([piece], device=self.device)
-                logits = self._forward([one.request.mixture], input_ids=ids, past_key_values=one.cache)
+                logits = self._forward([job.route.weights], input_ids=ids, past_key_values=one.cache)
             except Exception as problem:
-                traceback.print_exc()
+                job.fail(problem)
                 self.newcomer = None
-                one.request.tell(problem)
-                continue
+                return
             one.read += len(piece)
             left -= len(piece)
-            if one.read == len(one.request.prompt):
-                self.newcomer = None
-                row = Row(one.request, self.tokenizer)
+            if one.read == len(job.prompt):
                 self.batch.put(len(self.rows), one.cache)
-                self.rows.append(row)
-                self._accept([len(self.rows) - 1], choose(logits, [row]))
+                self.rows.append(Row(job, self.adaptive.generator.tokenizer))
+                self.newcomer = None
+                self._accept([len(self.rows) - 1], choose(logits, self.rows[-1:]))
 
     def _write(self) -> None:
-        """One token for every row."""
-        ids = torch.tensor([[row.request.tokens[-1]] for row in self.rows], device=self.device)
+        """One token in every row."""
+        ids = torch.tensor([[row.job.tokens[-1]] for row in self.rows], device=self.device)
         positions = self.batch.next(len(self.rows))
         logits = self._forward(
-            [row.request.mixture for row in self.rows],
+            [row.job.route.weights for row in self.rows],
             input_ids=ids,
             position_ids=positions[:, None],
             attention_mask=self.batch.mask(self.model.dtype),
@@ -267,30 +248,26 @@ class Engine:
         )
         self._accept(range(len(self.rows)), choose(logits, self.rows))
 
-    def _forward(self, mixtures: Sequence[Mapping[str, float]], **inputs: Any) -> Tensor:
-        """Logits (R, V) of the last token of every row, each under its own mixture."""
-        names = tuple(getattr(self.model, "peft_config", ()))
-        weights = torch.tensor([[float(one.get(name, 0.0)) for name in names] for one in mixtures])
-        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        with self.model.mix(weights) if names else contextlib.nullcontext():
-            return self.model(**inputs, **last, use_cache=True).logits[:, -1].float()
+    def _forward(self, mixtures: Sequence[Tensor], **inputs: Any) -> Tensor:
+        """Logits (R, V) of what follows every row, each under its own mixture."""
+        with self.library.mix(self.library.batch(mixtures)):
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
     def _accept(self, indices: Sequence[int], tokens: Sequence[int]) -> None:
         """A new token in some rows, of which those leave that end with it."""
         for i, token in reversed(list(zip(indices, tokens, strict=True))):
-            request, text = self.rows[i].request, self.rows[i].text
-            request.tokens.append(token)
-            ended = token in self.ends
-            piece = Piece("" if ended else text.add(token))
-            if ended or text.stopped:
+            job, text = self.rows[i].job, self.rows[i].text
+            job.tokens.append(token)
+            piece = Piece("" if token in self.ends else text.add(token))
+            if token in self.ends or text.stopped:
                 piece.finish = "stop"
-            elif len(request.tokens) == request.max_tokens:
+            elif len(job.tokens) == job.max_tokens:
                 piece.finish = "length"
             if piece.finish:
                 piece.text += text.end()
                 self._leave(i)
             if piece.text or piece.finish:
-                request.tell(piece)
+                job.tell(piece)
 
     def _leave(self, i: int) -> None:
         last = self.rows.pop()
@@ -303,7 +280,7 @@ class Engine:
 class Newcomer:
     """A request whose prompt is being read."""
 
-    request: Request
+    job: Job
     cache: Cache
     read: int = 0
 
@@ -311,14 +288,14 @@ class Newcomer:
 class Row:
     """A request in the batch."""
 
-    def __init__(self, request: Request, tokenizer: Any):
-        self.request = request
-        self.text = Text(tokenizer, request.stop)
-        self.generator = torch.Generator()
-        if request.seed is None:
-            self.generator.seed()
+    def __init__(self, job: Job, tokenizer: Any):
+        self.job = job
+        self.text = Text(tokenizer, job.stop)
+        self.random = torch.Generator()
+        if job.seed is None:
+            self.random.seed()
         else:
-            self.generator.manual_seed(request.seed)
+            self.random.manual_seed(job.seed)
 
 
 class Batch(Cache):
@@ -364,9 +341,9 @@ class Batch(Cache):
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the attention (R, 1, 1, L): nothing where a row has tokens, the least number elsewhere."""
         hidden = torch.arange(self.longest, device=self.slots.device) > self.positions[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
-            hidden, torch.finfo(dtype).min
-        )[:, None, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[
+            :, None, None
+        ]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rows = len(keys)
@@ -386,11 +363,11 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     Draws are from the fewest best tokens that together have a probability of `top_p`.
     """
     best = logits.argmax(-1)
-    drawing = [i for i, row in enumerate(rows) if row.request.temperature > 0]
+    drawing = [i for i, row in enumerate(rows) if row.job.temperature > 0]
     if not drawing:
         return best.tolist()
-    settings = [(rows[i].request.temperature, rows[i].request.top_p) for i in drawing]
-    chance = torch.stack([torch.rand((), dtype=torch.float64, generator=rows[i].generator) for i in drawing])
+    settings = [(rows[i].job.temperature, rows[i].job.top_p) for i in drawing]
+    chance = torch.stack([torch.rand((), dtype=torch.float64, generator=rows[i].random) for i in drawing])
     temperature, top_p = torch.tensor(settings, dtype=torch.float64, device=logits.device).T[..., None]
     some = logits[drawing].double()
     p, tokens = ((some - some.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""python -m svf decompose | merge | export | convert: work on checkpoints and expert files, without a program."""
+"""python -m svf decompose | merge | export | convert | serve: work with checkpoints and experts, without a program."""
 
 import argparse
 import shutil
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
 
 from svf import experts
+from svf.adapt import Adaptive
 from svf.decompose import DecompositionOptions
 
 
@@ -55,6 +57,31 @@ def convert(args: argparse.Namespace) -> None:
     print(f"expert of {len(expert.z)} matrices in {args.out}")
 
 
+def adaptive(args: argparse.Namespace) -> Adaptive:
+    """The base, its experts and the strategy that a command was given."""
+    folder = experts.base_folder(args.base)
+    model = experts.load_base(folder).to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    named = dict(one.rpartition("=")[::2] if "=" in one else (Path(one).name, one) for one in args.experts)
+    if len(named) < len(args.experts):
+        raise ValueError(f"two experts of one name among {', '.join(args.experts)}: give them as NAME=FOLDER")
+    return Adaptive(model, tokenizer, named, args.strategy)
+
+
+def serve(args: argparse.Namespace) -> None:
+    try:
+        from svf import serve as server
+    except ModuleNotFoundError as problem:
+        if problem.name not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError("serving needs starlette and uvicorn: pip install 'continuous-thought[serve]'") from None
+    server.serve(lambda: adaptive(args), **{name: value for name, value in vars(args).items() if name in SETTINGS})
+
+
+SETTINGS = ("host", "port", "slots", "context", "waiting", "max_bytes", "max_seconds")
+"""Options of `serve` that are handed on where they are given."""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m svf", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="command")
@@ -87,7 +114,30 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("file")
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--base", required=True, help="folder or name of the model that it was trained for")
+    sub = command(serve, "Answer over HTTP as OpenAI's servers do, with models base, base+svf:NAME and base+svf:auto.")
+    adaptive_options(sub)
+    sub.argument_default = argparse.SUPPRESS
+    sub.add_argument("--host", help="127.0.0.1 if not given; beyond this machine only with a key in $SVF_API_KEY")
+    sub.add_argument("--port", type=int, help="8000 if not given; 0: any that is free")
+    sub.add_argument("--slots", type=positive, help="requests that are answered together")
+    sub.add_argument("--context", type=positive, help="tokens of prompt and answer; all that the model can read")
+    sub.add_argument("--waiting", type=positive, help="requests that may wait; further ones get status 429")
+    sub.add_argument("--max-bytes", type=positive, help="of a request")
+    sub.add_argument("--max-seconds", type=float, help="from a request's arrival to the end of its answer")
     return top
+
+
+def adaptive_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--base", required=True, help="folder or name of the base model")
+    sub.add_argument("--experts", nargs="*", default=[], help="folders or names; NAME=FOLDER to call one otherwise")
+    sub.add_argument("--strategy", default="prompt", help="prompt, classifier, base, or the name of an expert")
+    sub.add_argument("--device", help="a GPU where there is one, if not given")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def main() -> None:

@@ -237,12 +237,12 @@ class API:
     Args:
         engine: whose `run` works in another thread.
         key: what clients have to bring, if any.
-        most_bytes: of a request's body.
-        most_seconds: from a request's arrival to the end of its answer.
+        max_bytes: of a request's body.
+        max_seconds: from a request's arrival to the end of its answer.
     """
 
-    def __init__(self, engine: Engine, key: str | None = None, most_bytes: int = 1 << 20, most_seconds: float = 300.0):
-        self.engine, self.key, self.most_bytes, self.most_seconds = engine, key, most_bytes, most_seconds
+    def __init__(self, engine: Engine, key: str | None = None, max_bytes: int = 1 << 20, max_seconds: float = 300.0):
+        self.engine, self.key, self.max_bytes, self.max_seconds = engine, key, max_bytes, max_seconds
         self.library, self.generator = engine.library, engine.adaptive.generator
         self.created = int(time.time())
         self.app = Starlette(
@@ -307,8 +307,8 @@ class API:
             async with asyncio.timeout(SECONDS_TO_SEND):
                 async for part in request.stream():
                     data += part
-                    if len(data) > self.most_bytes:
-                        raise Refusal(413, f"the request is larger than {self.most_bytes} bytes")
+                    if len(data) > self.max_bytes:
+                        raise Refusal(413, f"the request is larger than {self.max_bytes} bytes")
         except TimeoutError:
             raise Refusal(408, f"the request did not arrive within {SECONDS_TO_SEND:g} seconds") from None
         try:
@@ -366,7 +366,7 @@ class API:
             top_p=number(body, "top_p", float, 1.0, 0, 1),
             seed=number(body, "seed", int, None, -(1 << 63), (1 << 63) - 1),
             stop=stop_strings(body),
-            deadline=arrived + self.most_seconds,
+            deadline=arrived + self.max_seconds,
         )
         try:
             self.engine.submit(job)
@@ -477,23 +477,24 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
             raise ValueError(
                 f"{host} can be reached from other machines: set ${KEY} to a key that clients have to bring"
             )
-        return socket.create_server(address[:2], family=family)
-    except OSError as problem:
-        raise OSError(f"cannot listen on {host}:{port}: {problem.strerror}") from None
+        return socket.create_server((address[0], port), family=family)
+    except (OSError, OverflowError) as problem:
+        why = getattr(problem, "strerror", problem)
+        raise OSError(f"cannot listen on {host}:{port}: {why}") from None
 
 
 def serve(
     load: Callable[[], Adaptive],
     host: str = "127.0.0.1",
     port: int = 8000,
-    most_bytes: int = 1 << 20,
-    most_seconds: float = 300.0,
+    max_bytes: int = 1 << 20,
+    max_seconds: float = 300.0,
     **settings: Any,
 ) -> None:
     """Serves until a signal. The address is taken before the model is loaded; `settings` are those of `Engine`."""
     key = os.environ.get(KEY)
     with listen(host, port, key) as listening:
-        api = API(Engine(load(), **settings), key, most_bytes, most_seconds)
+        api = API(Engine(load(), **settings), key, max_bytes, max_seconds)
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
         print(f"serving {', '.join(api.names)} at http://{shown}:{port}/v1", flush=True)
         Server(api).run([listening])

@@ -9,6 +9,8 @@ GPU, small ones elsewhere. Timing needs no true singular vectors, any orthogonal
     decode      tokens a second of `generate`, and a prefill, without adapter, with, merged, mixed by row
     switch      changing a mixture, and set_adapter beside PEFT's IA3
     decompose   all linear weights of the model, from weights to bases
+
+    serve       the server under parallel clients; with options of its own: python -m svf.bench serve --help
 """
 
 import argparse
@@ -369,6 +371,11 @@ METHODS = ("one_sided", "one_sided unfolded", "lora r16", "factored", "merged", 
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        from svf import load
+
+        load.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m svf.bench", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if not given")

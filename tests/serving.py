@@ -49,26 +49,3 @@ def experts(*names: str) -> dict[str, Expert]:
 
 def adaptive(strategy, *names: str) -> Adaptive:
     return Adaptive(base(), byte_tokenizer(), experts(*names), strategy)
-
-
-class Alone:
-    """What the model answers to one request by itself, through `generate`, and how sure it was of every token."""
-
-    def __init__(self, adaptive: Adaptive, prompt: str, mixture, max_tokens: int):
-        library, self.generator = adaptive.library, adaptive.generator
-        ids = torch.tensor([adaptive.generator.encode(prompt)])
-        with library.mix(library.weights(mixture)[None]), torch.no_grad():
-            found = library.base.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=adaptive.generator.eos,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        self.tokens = found.sequences[0, ids.shape[1] :].tolist()
-        best = torch.cat(found.logits).topk(2).values
-        self.margins = (best[:, 0] - best[:, 1]).tolist()
-        self.text = self.generator.text(self.tokens)

@@ -246,8 +246,6 @@ class ExpertLibrary:
         self, model: nn.Module, experts: Mapping[str, Expert | str | Path] | Sequence[str | Path | Expert] = ()
     ):
         self.model = model
-        self.aside: set[str] = set()
-        """Experts that no strategy uses unless it is told to by name."""
         self._places: dict[str, int] | None = None
         if not isinstance(experts, Mapping):
             if unnamed := [expert for expert in experts if isinstance(expert, Expert)]:
@@ -266,8 +264,8 @@ class ExpertLibrary:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The experts that requests are answered with: all but the one that classifies them and those set aside."""
-        return tuple(name for name in self.names if name != DISPATCH and name not in self.aside)
+        """The experts that requests are answered with: all but the one that classifies them."""
+        return tuple(name for name in self.names if name != DISPATCH)
 
     @property
     def _adapted(self) -> bool:
@@ -278,8 +276,8 @@ class ExpertLibrary:
         """The model itself, adapted layers inside."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def add(self, name: str, expert: Expert | str | Path, aside: bool = False) -> None:
-        """Adds an expert, frozen; mixtures get one more weight, at the end. `aside`: for use by name alone.
+    def add(self, name: str, expert: Expert | str | Path) -> None:
+        """Adds an expert, frozen; mixtures get one more weight, at the end.
 
         Raises:
             ValueError: for a name that is taken or cannot be used, or an expert of another base, which leaves the
@@ -305,8 +303,20 @@ class ExpertLibrary:
             self._remove(name, before)
             raise
         self._places = None
-        if aside:
-            self.aside.add(name)
+
+    def remove(self, name: str) -> None:
+        """Takes an expert out, and its weight out of mixtures.
+
+        Raises:
+            ValueError: for an unknown expert.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no expert {name!r}; there are {', '.join(self.names) or 'none'}")
+        if len(self.names) == 1:
+            self.model = self.model.unload()
+        else:
+            self.model.delete_adapter(name)
+        self._places = None
 
     @torch.no_grad()
     def _fill(self, name: str, expert: Expert) -> None:

@@ -91,10 +91,13 @@ def adapt(args: argparse.Namespace) -> None:
             seed=args.seed,
             max_new_tokens=args.max_new_tokens,
         )
+    given = {name: experts.expert_folder(folder) for name, folder in named(args.experts, "experts").items()}
+    known = ("base", "prompt", "classifier", "few_shot", *given)
+    if args.strategy not in known:
+        raise ValueError(f"strategy {args.strategy!r} is none of {', '.join(known)}")
     folder = experts.base_folder(args.base)
     tokenizer = load_tokenizer(folder)
-    model = experts.load_base(folder).to(device(args))
-    adaptive = Adaptive(model, tokenizer, named(args.experts, "experts"), strategy)
+    adaptive = Adaptive(experts.load_base(folder).to(device(args)), tokenizer, given, strategy)
     if args.save:
         adaptive.library.expert(strategy.fit(adaptive).best).save(args.save)
         print(f"mixture in {args.save}", file=sys.stderr)
@@ -102,7 +105,7 @@ def adapt(args: argparse.Namespace) -> None:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         route = answer.route
         if args.json:
-            weights = dict(zip(adaptive.library.names, route.weights.T.tolist(), strict=True))
+            weights = dict(zip(adaptive.library.names, route.weights.movedim(-1, 0).tolist(), strict=True))
             shown = {"label": route.label, "reason": route.reason, "weights": weights, "scores": dict(route.scores)}
             print(json.dumps({"prompt": prompt, "answer": answer.text, "route": shown}))
         else:

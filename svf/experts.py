@@ -315,6 +315,8 @@ class ExpertLibrary:
         if len(self.names) == 1:
             self.model = self.model.unload()
         else:
+            kept = [other for other in self.names if other != name]
+            self.model.base_model.set_adapter(kept[0], inference_mode=True)  # a deleted active one would wake another
             self.model.delete_adapter(name)
         self._places = None
 
@@ -408,7 +410,7 @@ class ExpertLibrary:
     def expert(self, mixture: Mixture) -> Expert:
         """A mixture as an ordinary expert (residual, no normalisation), to be saved or added."""
         weights = self.weights(mixture)
-        chosen = [i for i, weight in enumerate(weights.T) if weight.any()] or [0]
+        chosen = [i for i in range(len(self.names)) if weights[..., i].any()] or [0]
         if not self.names:
             raise ValueError("the library has no experts to mix")
         names = [self.names[i] for i in chosen]

@@ -24,7 +24,7 @@ PROMPTS = ["3+4=", "a>b b>c: a to c?", "x", "3 more than 2 times x:", "3+4="]
 SIZES = {"vocab_size": 94, "max_position_embeddings": 256, "eos_token_id": 92}
 
 
-def model_with(names=(*NAMES, "dispatch"), by=0.3, **sizes):
+def model_with(names=(*NAMES, "dispatch"), by=0.6, **sizes):
     """A random Llama with random experts, frozen."""
     case = Case(lambda: llama(**SIZES | sizes), target_modules="all-linear")
     model = adapt(case, names[0], task_type="CAUSAL_LM")
@@ -103,7 +103,7 @@ def test_what_a_library_refuses_leaves_it_as_it_was(tmp_path, library):
     other = llama(**SIZES)
     before = {name: id(module) for name, module in other.named_modules()}
     ours = ExpertLibrary(other)
-    with pytest.raises(ValueError, match="was made for .* load it onto its own base"):
+    with pytest.raises(ValueError, match=r"was made for .* load it onto its own base"):
         ours.add("math", tmp_path / "math")
     assert ours.model is other and {name: id(module) for name, module in other.named_modules()} == before
     torch.manual_seed(0)
@@ -222,8 +222,8 @@ def test_generation_is_that_of_transformers(generator, library):
     for prompt, weights in zip(PROMPTS, torch.tensor(MIXTURES), strict=True):
         ids = torch.tensor([generator.encode(prompt)])
         with library.mix(weights[None]):
-            theirs = library.base.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        assert written(generator, ids.tolist(), weights[None])[0] == theirs.tolist()
+            whole = library.base.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False)
+        assert written(generator, ids.tolist(), weights[None])[0] == whole[0, ids.shape[1] :].tolist()
 
 
 def test_rows_that_end_leave_the_batch(generator, library):
@@ -268,7 +268,7 @@ def test_a_shared_prefix_is_read_once(generator, library):
     plain = generator._read(ids, weights)
     with Counted(library) as counted:
         shared = generator.prefill(ids, weights)
-    assert counted.tokens[0] == 2 * len(long) and sum(counted.tokens) < 0.7 * sum(map(len, ids))
+    assert counted.tokens[0] == 2 * len(long) and sum(counted.tokens) < 0.75 * sum(map(len, ids))
     assert relative(shared.logits_BV, plain.logits_BV) < 1e-5
     assert generator.decode(shared, weights, 10)[0] == generator.decode(plain, weights, 10)[0]
     one = generator.prefill([generator.encode(long)], weights[1:2])
@@ -503,7 +503,7 @@ def test_of_equal_candidates_the_first_counts():
         search.maximize(lambda c: [(0.0,)] * len(c), first, torch.full((2,), 0.5), method="adam")
 
 
-def planted(generator, weights, prompts, n=6):
+def planted(generator, weights, prompts, n=2):
     """Examples that a mixture answers rightly, and hardly another one."""
     answers = written(
         generator, [generator.encode(p) for p in prompts], weights.expand(len(prompts), *weights.shape), n
@@ -515,8 +515,8 @@ def planted(generator, weights, prompts, n=6):
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_few_shot_finds_the_mixture_that_is_right(library, generator, per_layer, tmp_path):
     hidden = torch.tensor([[0.8, 0.0, 0.9, 0.0], [0.8, 0.0, 0.9, 0.0]] if per_layer else [0.8, 0.0, 0.9, 0.0])
-    examples = planted(generator, hidden, ["3+4=", "a>b b>c: a to c?", "x", "9-5+2=", "say cat:", "c>a"])
-    few_shot = FewShot(examples, per_layer, seed=1, generations=12, max_new_tokens=6, progress=False)
+    examples = planted(generator, hidden, [f"{a}{sign}{b}=" for a in range(4) for sign in "+-" for b in (3, 8)])
+    few_shot = FewShot(examples, per_layer, seed=1, generations=12, max_new_tokens=2, progress=False)
     seen = []
     own = few_shot.scores
     few_shot.scores = lambda adaptive, mixtures: seen.append(mixtures) or own(adaptive, mixtures)
@@ -527,7 +527,7 @@ def test_few_shot_finds_the_mixture_that_is_right(library, generator, per_layer,
     assert all(len(mixtures) <= 32 and not mixtures[..., 3].any() for mixtures in seen)  # never the one that classifies
     singles = [score[0] for score in own(adaptive, seen[0][:4])]
     assert few_shot.found.score[0] == 1.0 > max(singles)
-    assert "6 of 6 examples right" in answers[0].route.reason
+    assert "16 of 16 examples right" in answers[0].route.reason
     assert torch.equal(answers[0].route.weights, few_shot.found.best)
     assert len(seen) <= 12  # searched once
     library.expert(few_shot.found.best).save(tmp_path / "found")
@@ -537,17 +537,17 @@ def test_few_shot_finds_the_mixture_that_is_right(library, generator, per_layer,
     finally:
         library.remove("found")
     assert [a.ids for a in again] == [a.ids for a in answers]
-    same = FewShot(examples, per_layer, seed=1, generations=12, max_new_tokens=6, progress=False)
+    same = FewShot(examples, per_layer, seed=1, generations=12, max_new_tokens=2, progress=False)
     assert torch.equal(same.fit(adaptive).best, few_shot.found.best)
 
 
 def test_a_population_scores_as_candidate_by_candidate(library, generator):
     examples = planted(generator, torch.tensor([0.5, 0.5, 0.0, 0.0]), ["3+4=", "x", "c>a"])
-    few_shot = FewShot(examples, max_new_tokens=6)
+    few_shot = FewShot(examples, max_new_tokens=2)
     mixtures = torch.rand(9, 4)
     mixtures[4] = torch.tensor([0.5, 0.5, 0.0, 0.0])
     together = few_shot.scores(made(library), mixtures)
-    alone = [FewShot(examples, max_new_tokens=6).scores(made(library), m[None])[0] for m in mixtures]
+    alone = [FewShot(examples, max_new_tokens=2).scores(made(library), m[None])[0] for m in mixtures]
     assert [score[0] for score in together] == [score[0] for score in alone]
     assert [score[1] for score in together] == pytest.approx([score[1] for score in alone], rel=1e-4)
     assert together[4][0] == 1.0 and 0 < together[4][1] < 1
@@ -628,7 +628,7 @@ def test_transfer_to_other_names_and_shapes(library):
     assert moved.config.basis_hash is None and "blocks.1.mlp.up_proj" in moved.config.target_modules
     with pytest.raises(ValueError, match=r"\(32,\) numbers for .*gate_proj.weight, .* has \(20,\) singular values"):
         transfer(expert, Other(20))
-    with pytest.raises(ValueError, match="has 2 vectors for q_proj.weight, the other model has 3 of it"):
+    with pytest.raises(ValueError, match=r"has 2 vectors for q_proj\.weight, the other model has 3 of it"):
         transfer(expert, torch.nn.ModuleList([Other(), llama(**SIZES).model.layers[0]]))
     with pytest.raises(ValueError, match="only one layer, which cannot be shuffled"):
         transfer(
@@ -693,7 +693,7 @@ def test_adapt_from_the_shell(shipped, library, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--strategy", "poetry"], "error: strategy 'poetry' is none of base, prompt, classifier, math"),
+        (["--strategy", "poetry"], "error: strategy 'poetry' is none of base, prompt, classifier, few_shot, math"),
         (["--strategy", "few_shot"], "error: few_shot needs --examples FILE"),
         (["--save", "x"], "error: --save keeps the mixture that few_shot finds"),
         (["--experts", "nowhere"], "error: nowhere is no folder, and could not be fetched"),
@@ -713,23 +713,23 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
     from svf import evaluate
 
     words = ["eval", *model_words(shipped), "--lora", shipped / "loras" / "math", shipped / "loras" / "code"]
-    words += ["--tasks", "math", "longer", "digits", "--seeds", 2, "--n", 12, "--shots", 3]
-    words += ["--generations", 2, "--population", 6, "--max-new-tokens", 4]
+    words += ["--tasks", "math", "longer", "digits", "--seeds", 2, "--n", 6, "--shots", 2]
+    words += ["--generations", 1, "--population", 4, "--max-new-tokens", 3]
     svf(*words, "--out", tmp_path / "whole.json")
     shown = capsys.readouterr().out
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert len(whole["cells"]) == len(evaluate.STRATEGIES) * 3 * 2
-    assert {cell["n"] for cell in whole["cells"].values()} == {12}
+    assert {cell["n"] for cell in whole["cells"].values()} == {6}
     accuracy = whole["summary"]["accuracy"]
-    assert all(entries["unseen"]["n"] == 48 and entries["math"]["n"] == 24 for entries in accuracy.values())
-    assert all(sum(cell["routes"].values()) == 12 for cell in whole["cells"].values())
+    assert all(entries["unseen"]["n"] == 24 and entries["math"]["n"] == 12 for entries in accuracy.values())
+    assert all(sum(cell["routes"].values()) == 6 for cell in whole["cells"].values())
     assert all("| " + strategy + " |" in shown for strategy in evaluate.STRATEGIES)
     assert "prompt names the right kind for, per cent: math" in shown
 
     own, done = evaluate.Evaluation.cell, []
 
     def stops(self, *args):
-        if len(done) % 9 == 8:
+        if len(done) % 20 == 19:
             done.append(None)
             raise KeyboardInterrupt
         done.append(args)
@@ -743,7 +743,7 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
         except KeyboardInterrupt:
             continue
     cells = [args for args in done if args is not None]
-    assert len(cells) == len(set(cells)) == len(whole["cells"]) and done.count(None) >= 4
+    assert len(cells) == len(set(cells)) == len(whole["cells"]) and done.count(None) == 2
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="holds an evaluation with other settings"):

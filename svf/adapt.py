@@ -126,7 +126,7 @@ class Adaptive:
                 start = self.generator.prefill(self._ids, weights, base=self._read)
             finally:
                 self._ids, self._read = [], None
-            written = self.generator.decode(start, weights, max_new_tokens, temperature, seed + len(answers))
+            written, _ = self.generator.decode(start, weights, max_new_tokens, temperature, seed + len(answers))
             for i, route, found in zip(rows, routes, written, strict=True):
                 answers[i] = Answer(self.generator.text(found), route, found)
         return [answers[i] for i in range(len(requests))]
@@ -145,23 +145,53 @@ class Adaptive:
             )
         return self._read.logits_BV
 
-    def check(self, examples: Sequence[Any], max_new_tokens: int = 64) -> list[bool]:
-        """Which examples are answered rightly. For a report: few-shot's own examples are refused.
+    def check(self, examples: Sequence[Any], max_new_tokens: int = 64, checker: "Checker | None" = None) -> "Report":
+        """Answers examples and tells which ones rightly. For a report: those that few-shot chose by are refused.
 
         Args:
             examples: (prompt, check) pairs, or anything with `prompt` and `check`.
+            max_new_tokens: where an answer is cut off.
+            checker: see `FewShot`.
 
         Raises:
             ValueError: where an example was one to choose the mixture by.
         """
-        examples = [Example.of(example) for example in examples]
-        chosen_by = {_key(example.prompt) for example in getattr(self.strategy, "examples", ())}
-        if both := [e.prompt for e in examples if _key(e.prompt) in chosen_by]:
+        chosen_by = {_key(prompt_of(example)) for example in getattr(self.strategy, "examples", ())}
+        prompts = [prompt_of(example) for example in examples]
+        if both := [prompt for prompt in prompts if _key(prompt) in chosen_by]:
             raise ValueError(
                 f"{len(both)} examples chose the mixture and cannot report on it, the first is {both[0]!r}"
             )
-        answers = self.generate([example.prompt for example in examples], max_new_tokens)
-        return [bool(e.check(answer.text)) for e, answer in zip(examples, answers, strict=True)]
+        answers = self.generate(prompts, max_new_tokens)
+        return Report(answers, check_all(examples, [answer.text for answer in answers], checker))
+
+
+@dataclass(frozen=True)
+class Report:
+    answers: list[Answer]
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples: (prompt, check) pairs, or anything with `prompt` and `check`
+
+Checker = Callable[[Sequence[Any], Sequence[str]], Sequence[bool]]
+"""Checks many completions at once, one for every example."""
+
+
+def prompt_of(example: Any) -> Request:
+    return example[0] if isinstance(example, tuple) else example.prompt
+
+
+def check_all(examples: Sequence[Any], texts: Sequence[str], checker: Checker | None = None) -> list[bool]:
+    if checker is not None:
+        return [bool(right) for right in checker(examples, texts)]
+    checks = [example[1] if isinstance(example, tuple) else example.check for example in examples]
+    return [bool(check(text)) for check, text in zip(checks, texts, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,37 +299,13 @@ def _constrained(generator: Generator, start: Prefill, weights: Tensor, answers:
     return log.exp()
 
 
-@dataclass(frozen=True)
-class Example:
-    """A prompt, what tells whether a completion is right, and a right one where there is one."""
-
-    prompt: Request
-    check: Callable[[str], bool]
-    target: str | None = None
-
-    @classmethod
-    def of(cls, example: Any) -> "Example":
-        """From a (prompt, check) pair or anything with `prompt` and `check`, perhaps `target`.
-
-        Raises:
-            ValueError: for anything else.
-        """
-        if isinstance(example, Example):
-            return example
-        if isinstance(example, tuple) and len(example) == 2:
-            return cls(*example)
-        if not callable(getattr(example, "check", None)) or not hasattr(example, "prompt"):
-            raise ValueError(f"an example is a (prompt, check) pair or has `prompt` and `check`, not {example!r}")
-        return cls(example.prompt, example.check, getattr(example, "target", None))
-
-
 @dataclass
 class FewShot:
     """One mixture for all requests, the one that answers a few examples best: a search over the weights of experts.
 
-    A candidate's score is the share of examples that it answers rightly; ties go to the higher mean log-probability of
-    a token of the right answers, where examples have a `target`. The first candidates are the base and every single
-    expert. A population is a batch: one row for every candidate and example.
+    A candidate's score is the share of examples that it answers rightly; ties go to the one that is surer of its right
+    answers (the mean probability of a token of them, 0 for wrong answers), then to the one seen first. The first ones
+    are the base and every single expert. A population is a batch: one row for every candidate and example.
     """
 
     examples: Sequence[Any]
@@ -314,11 +320,12 @@ class FewShot:
     seed: int = 0
     max_new_tokens: int = 64
     progress: bool = True
+    checker: Checker | None = None
+    """Checks many completions at once; the examples' own `check` one by one if not given."""
     found: Found | None = field(default=None, init=False, repr=False)
     """What the search has come to, once it ran; `best` is a mixture in the library's order."""
 
     def __post_init__(self) -> None:
-        self.examples = [Example.of(example) for example in self.examples]
         if not self.examples:
             raise ValueError("few-shot needs examples")
         self._checked: dict[tuple[int, str], bool] = {}
@@ -365,30 +372,29 @@ class FewShot:
         return found
 
     def scores(self, adaptive: Adaptive, mixtures: Tensor) -> list[search.Score]:
-        """(share of right answers, mean log-probability of a token of the targets) of every mixture."""
+        """(share of right answers, mean probability of a token of right answers) of every mixture."""
         generator, n = adaptive.generator, len(self.examples)
-        ids = [generator.encode(example.prompt) for example in self.examples] * len(mixtures)
-        targets = [None if e.target is None else generator.answer_ids(e.target) for e in self.examples] * len(mixtures)
+        ids = [generator.encode(prompt_of(example)) for example in self.examples] * len(mixtures)
         weights = mixtures.repeat_interleave(n, dim=0)
-        right, likely = torch.zeros(len(ids)), torch.zeros(len(ids))
-        with_targets = all(target is not None for target in targets)
+        texts, sure = [""] * len(ids), torch.zeros(len(ids))
         for rows in generator.batches([len(row) for row in ids], self.max_new_tokens):
             start = generator.prefill([ids[i] for i in rows], weights[rows])
-            for i, answer in zip(rows, generator.decode(start, weights[rows], self.max_new_tokens), strict=True):
-                right[i] = float(bool(self._right(i % n, generator.text(answer))))
-            if with_targets:
-                found = generator.likelihood(start, weights[rows], [targets[i] for i in rows])
-                likely[rows] = torch.stack([part.mean() for part in found])
-        return [
-            (float(a), float(b)) for a, b in zip(right.view(-1, n).mean(1), likely.view(-1, n).mean(1), strict=True)
-        ]
+            answers, log_p = generator.decode(start, weights[rows], self.max_new_tokens)
+            for i, answer in zip(rows, answers, strict=True):
+                texts[i] = generator.text(answer)
+            sure[rows] = torch.tensor(log_p).exp()
+        right = self._right(texts)
+        parts = zip(right.view(-1, n).mean(1).tolist(), (right * sure).view(-1, n).mean(1).tolist(), strict=True)
+        return list(parts)
 
-    def _right(self, example: int, text: str) -> bool:
-        """Checked once for equal answers: checks may run programs."""
-        key = example, text
-        if key not in self._checked:
-            self._checked[key] = bool(self.examples[example].check(text))
-        return self._checked[key]
+    def _right(self, texts: list[str]) -> Tensor:
+        """1 or 0 for every answer; equal ones are checked once, since checks may run programs."""
+        n = len(self.examples)
+        keys = [(i % n, text) for i, text in enumerate(texts)]
+        new = [key for key in dict.fromkeys(keys) if key not in self._checked]
+        found = check_all([self.examples[i] for i, _ in new], [text for _, text in new], self.checker)
+        self._checked |= zip(new, found, strict=True)
+        return torch.tensor([float(self._checked[key]) for key in keys])
 
 
 def _strategy(given: Any, library: ExpertLibrary) -> Strategy:

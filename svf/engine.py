@@ -23,6 +23,10 @@ from svf.generate import Request
 # Shapes: R rows of the batch, S slots, H key-value heads, L tokens that fit a slot, D width of a head, V vocabulary
 
 
+LONGEST = 4096
+"""Tokens that a slot has room for, if it is not said how many."""
+
+
 class Full(Exception):
     """Too many requests wait already."""
 
@@ -74,7 +78,8 @@ class Engine:
     Args:
         adaptive: the model, its experts, and what decides between them; of full attention, on one device.
         slots: rows that run together.
-        context: tokens of prompt and answer; the model's own limit if not given.
+        context: tokens of a prompt and its answer, for which every slot has memory; if not given what the model can
+            read, up to 4,096.
         waiting: requests that may wait for a slot.
         chunk: tokens of prompts that are read between two tokens of the running rows.
 
@@ -87,12 +92,10 @@ class Engine:
     ):
         self.adaptive, self.library, self.model = adaptive, adaptive.library, adaptive.library.base
         self.slots, self.most_waiting, self.chunk = slots, waiting, chunk
-        limit = getattr(self.model.config, "max_position_embeddings", None) or context
-        if limit is None:
-            raise ValueError("the model does not say how many tokens it can read; give context")
-        if context is not None and not 1 < context <= limit:
+        limit = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
+        self.context = context or min(limit, LONGEST)
+        if not 1 < self.context <= limit:
             raise ValueError(f"context {context} is not from 2 to {limit}, what the model can read")
-        self.context = context or limit
         self.ends = set(adaptive.generator.eos)
         self.device = adaptive.generator.device
         self.rows: list[Row] = []

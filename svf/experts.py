@@ -304,6 +304,22 @@ class ExpertLibrary:
             raise
         self._places = None
 
+    def remove(self, name: str) -> None:
+        """Takes an expert out, and its weight out of mixtures.
+
+        Raises:
+            ValueError: for an unknown expert.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no expert {name!r}; there are {', '.join(self.names) or 'none'}")
+        if len(self.names) == 1:
+            self.model = self.model.unload()
+        else:
+            kept = [other for other in self.names if other != name]
+            self.model.base_model.set_adapter(kept[0], inference_mode=True)  # a deleted active one would wake another
+            self.model.delete_adapter(name)
+        self._places = None
+
     @torch.no_grad()
     def _fill(self, name: str, expert: Expert) -> None:
         parts = {
@@ -394,7 +410,7 @@ class ExpertLibrary:
     def expert(self, mixture: Mixture) -> Expert:
         """A mixture as an ordinary expert (residual, no normalisation), to be saved or added."""
         weights = self.weights(mixture)
-        chosen = [i for i, weight in enumerate(weights.T) if weight.any()] or [0]
+        chosen = [i for i in range(len(self.names)) if weights[..., i].any()] or [0]
         if not self.names:
             raise ValueError("the library has no experts to mix")
         names = [self.names[i] for i in chosen]
@@ -439,6 +455,76 @@ def _numbered(key: str) -> str:
     """model.layers.3.mlp.up_proj -> model.layers.3; keys without a number stay."""
     found = re.match(r"(.*?\.\d+)(\.|$)", key)
     return found[1] if found else key
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Another base: singular values in the same order, vectors of its own
+
+
+def transfer(expert: Expert, base: nn.Module, shuffle: int | None = None) -> Expert:
+    """An expert of one model for another one of the same shapes (arXiv 2501.06252, cross-model compatibility).
+
+    Weights of the same name get the same numbers; where names differ, the first `up_proj` gets those of the first, and
+    so on. Whether this helps is to be measured: `shuffle` is the control.
+
+    Args:
+        expert: of the one model.
+        base: the other one; its weights are not read.
+        shuffle: seed for giving every layer the numbers of another one; in order if not given.
+
+    Raises:
+        ValueError: where the other model has not as many weights of these shapes.
+    """
+    shapes = {n.replace(".base_layer.", "."): p.shape for n, p in base.named_parameters() if p.ndim > 1}
+    by_leaf: dict[str, list[str]] = {}
+    for name in expert.z:
+        by_leaf.setdefault(_leaf(name), []).append(name)
+    whole, to = expert.whole(), {}
+    for leaf, names in by_leaf.items():
+        there = names if all(name in shapes for name in names) else [name for name in shapes if _leaf(name) == leaf]
+        if len(there) != len(names):
+            raise ValueError(f"the expert has {len(names)} vectors for {leaf}, the other model has {len(there)} of it")
+        if shuffle is not None:
+            there = [there[i] for i in _derangement(len(there), shuffle)]
+        for name, other in zip(names, there, strict=True):
+            shape = shapes[other] if name in whole else (shapes[other][0], shapes[other][1:].numel())
+            directions = (*shape[:-2], min(shape[-2:]))
+            top_k = expert.config.top_k
+            if expert.z[name].shape != (*directions[:-1], min(directions[-1], top_k or directions[-1])):
+                raise ValueError(
+                    f"the expert has {tuple(expert.z[name].shape)} numbers for {name}, {other} of the other model has "
+                    f"{directions} singular values"
+                )
+            to[name] = other
+    config = replace(
+        expert.config,
+        target_modules={to[name].removesuffix(".weight") for name in to if name not in whole},
+        target_parameters=sorted(to[name] for name in whole) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        revision=None,
+        basis_hash=None,
+    )
+    order = {name: i for i, name in enumerate(shapes)}
+    return Expert({n: expert.z[old] for old, n in sorted(to.items(), key=lambda pair: order[pair[1]])}, config)
+
+
+def _leaf(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> up_proj.weight"""
+    return ".".join(name.split(".")[-2:])
+
+
+def _derangement(n: int, seed: int) -> list[int]:
+    """An order in which nothing is in its place; the same for the same n and seed."""
+    if n < 2:
+        raise ValueError("there is only one layer, which cannot be shuffled")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        if not (order == torch.arange(n)).any():
+            return order.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

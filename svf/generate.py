@@ -47,7 +47,7 @@ class Prefill:
 
 
 class Generator:
-    """A library's model and a tokenizer: reads prompts (`prefill`), writes answers (`decode`), scores given ones."""
+    """A library's model and a tokenizer: reads prompts (`prefill`), writes answers (`decode`)."""
 
     def __init__(self, library: ExpertLibrary, tokenizer):
         self.library, self.tokenizer = library, tokenizer
@@ -79,10 +79,6 @@ class Generator:
         if not ids:
             raise ValueError("a prompt is empty; it needs at least one token")
         return list(ids)
-
-    def answer_ids(self, text: str) -> list[int]:
-        """Token ids of a whole answer, the end among them."""
-        return [*self.tokenizer(text, add_special_tokens=False).input_ids, *self.eos[:1]]
 
     def continuation(self, before: str, text: str) -> list[int]:
         """Token ids of a text as they are after another one."""
@@ -181,10 +177,15 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = False,
-    ) -> list[list[int]]:
-        """Answers token by token: the likeliest, or drawn where `temperature` is above 0. Token ids, ends included."""
+    ) -> tuple[list[list[int]], list[float]]:
+        """Answers token by token: the likeliest, or drawn where `temperature` is above 0.
+
+        Returns:
+            Token ids, ends included, and the mean log-probability of an answer's tokens.
+        """
         random = torch.Generator(self.device).manual_seed(seed) if temperature > 0 else None
         written = torch.full((len(start), max_new_tokens), -1, device=self.device)
+        log_p = torch.zeros(len(start), max_new_tokens, device=self.device)
         eos = torch.tensor([] if ignore_eos else self.eos, dtype=torch.long, device=self.device)
         cache, mask, logits = _fork(start.cache), start.mask_BT, start.logits_BV
         tokens = alive = torch.arange(len(start), device=self.device)  # rows of `written` that are still in the batch
@@ -198,6 +199,8 @@ class Generator:
                         logits = self._forward(tokens[:, None], mask, cache, keep=1)[:, -1]
                     tokens = _choose(logits, temperature, random)
                     written[alive, step] = torch.where(going, tokens, -1)
+                    chosen = logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+                    log_p[alive, step] = torch.where(going, chosen, 0.0)
                     step += 1
                     going &= ~torch.isin(tokens, eos)
                     left = int(going.sum())
@@ -208,24 +211,8 @@ class Generator:
             rows = going.nonzero()[:, 0]
             alive, tokens, mask = alive[rows], tokens[rows], mask[rows]
             cache.batch_select_indices(rows)
-        return [[token for token in row if token >= 0] for row in written.tolist()]
-
-    @torch.no_grad()
-    def likelihood(self, start: Prefill, weights: Tensor, answers: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probabilities of the tokens of a given answer to each prompt."""
-        width = max(map(len, answers))
-        tokens = torch.zeros(len(answers), width, dtype=torch.long)
-        for i, row in enumerate(answers):
-            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        tokens = tokens.to(self.device)
-        logits = start.logits_BV[:, None]
-        if width > 1:  # padding is on the right: what comes before does not see it
-            mask = F.pad(start.mask_BT, (0, width - 1), value=1)
-            with self.library.mix(weights):
-                rest = self._forward(tokens[:, :-1], mask, _fork(start.cache), keep=width - 1)
-            logits = torch.cat([logits, rest], dim=1)
-        found = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].cpu()
-        return [found[i, : len(row)] for i, row in enumerate(answers)]
+        mean = log_p.sum(1) / (written >= 0).sum(1).clamp(min=1)
+        return [[token for token in row if token >= 0] for row in written.tolist()], mean.tolist()
 
     # Memory
 

@@ -27,7 +27,8 @@ import httpx
 import openai
 import torch
 
-from svf.__main__ import adaptive, adaptive_options, positive
+from svf.__main__ import ROUTING, base_options, named, positive, routing_option
+from svf.__main__ import load as load_model
 from svf.adapt import Adaptive
 from svf.serve import AUTO, BASE, EXPERT, KEY, described
 from tasks import text
@@ -261,7 +262,8 @@ async def stop(process: subprocess.Popen, url: str, asked: Sequence[Question], c
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m svf.bench serve", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    adaptive_options(parser)
+    base_options(parser)
+    routing_option(parser)
     parser.add_argument("--clients", type=positive, default=16)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--questions", type=positive, default=96, help="different ones")
@@ -275,11 +277,16 @@ def main(words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    given = [f"--base={args.base}", f"--strategy={args.strategy}", *(["--device", args.device] if args.device else [])]
-    command = [sys.executable, "-m", "svf", "serve", *given, "--port=0", "--experts", *args.experts]
+    options = [
+        f"--base={args.base}",
+        f"--strategy={args.strategy}",
+        *([f"--device={args.device}"] if args.device else []),
+    ]
+    given = [f"{name}={folder}" for name, folder in named(args.experts, "experts").items()]
+    command = [sys.executable, "-m", "svf", "serve", "--port=0", *options, "--experts", *given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            asked = questions(adaptive(args), args.questions, args.seed)
+            asked = questions(load_model(args, args.strategy, ROUTING), args.questions, args.seed)
             said = process.stdout.readline()
             if not said:
                 raise ValueError(f"the server did not start: {shlex.join(command)}")

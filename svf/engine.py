@@ -92,7 +92,7 @@ class Engine:
     ):
         self.adaptive, self.library, self.model = adaptive, adaptive.library, adaptive.library.base
         self.slots, self.most_waiting, self.chunk = slots, waiting, chunk
-        limit = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or context or LONGEST
         self.context = context or min(limit, LONGEST)
         if not 1 < self.context <= limit:
             raise ValueError(f"context {context} is not from 2 to {limit}, what the model can read")
@@ -101,7 +101,7 @@ class Engine:
         self.rows: list[Row] = []
         self.newcomer: Newcomer | None = None
         self.waiting: deque[Job] = deque()
-        self.closing = False
+        self.closing = self.left = False
         self.changed = threading.Condition()
         self.batch = Batch(slots, self.context, self._try_out())
 
@@ -144,11 +144,9 @@ class Engine:
             self.changed.notify()
 
     def close(self, at_once: bool = False) -> None:
-        """No more requests; `run` returns when those taken are answered, or `at_once`."""
+        """No more requests; `run` returns when those taken are answered, or `at_once`, leaving them."""
         with self.changed:
-            self.closing = True
-            for job in self._all() if at_once else ():
-                job.cancelled = True
+            self.closing, self.left = True, at_once
             self.changed.notify()
 
     # In its own thread
@@ -158,7 +156,7 @@ class Engine:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closing or self._all())
-                if not self._all():
+                if self.left or not self._all():
                     return
             self.step()
 
@@ -178,7 +176,8 @@ class Engine:
 
     def _all(self) -> list[Job]:
         newcomer = [self.newcomer.job] if self.newcomer else []
-        return [*(row.job for row in self.rows), *newcomer, *self.waiting]
+        with self.changed:
+            return [*(row.job for row in self.rows), *newcomer, *self.waiting]
 
     def _drop(self) -> None:
         """Leaves what nobody waits for any more."""

@@ -17,10 +17,14 @@ import httpx
 import openai
 import pytest
 import torch
+from peft import get_peft_model
 from serving import TEMPLATE, adaptive, base, byte_tokenizer, experts
+from svf_models import SMALL, gpt2, llama, qwen
+from test_svf_tuner import perturb
+from transformers import MistralConfig, MistralForCausalLM
 
+from svf import Adaptive, ExpertLibrary, SVFConfig, load
 from svf import __main__ as command
-from svf import load
 from svf import serve as serving
 from svf.engine import Closed, Engine, Full, Job, Row, Text, choose
 
@@ -397,6 +401,24 @@ def test_clients_that_hang_up_free_their_rows(server, client, lone):
     assert ask(client, "s", "base+svf:b").choices[0].message.content == lone("s", "b").text
 
 
+def test_a_second_signal_stops_at_once():
+    model = adaptive("base")
+    api = serving.API(Engine(model))
+    server = serving.Server(api)
+    with serving.listen("127.0.0.1", 0, None) as listening, slowed(api.engine):
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            chunks = ask(client, "endless", max_tokens=500, stream=True)
+            next(iter(chunks))
+            server.handle_exit(signal.SIGINT, None)
+            assert not server.should_exit
+            server.handle_exit(signal.SIGINT, None)
+            thread.join()
+            assert len(api.engine.rows[0].job.tokens) < 500
+
+
 @contextmanager
 def slowed(engine, seconds=0.01):
     """Steps take their time, so that an answer of 500 tokens is not over before a test has looked."""
@@ -471,6 +493,59 @@ def test_nothing_of_an_earlier_row_reaches_a_later_one(lone):
         assert "".join(piece.text for piece in pieces) == lone(prompt, kind([prompt])[0], 5 + 3 * (i % 4)).text
 
 
+def routed(make, device="cpu"):
+    """A model with two experts; its first 64 tokens are the characters from ! to `."""
+    torch.manual_seed(0)
+    model = get_peft_model(make(), SVFConfig(target_modules="all-linear"), "a")
+    model.add_adapter("b", SVFConfig(target_modules="all-linear"))
+    for seed, name in enumerate("ab"):
+        perturb(model, name, 0.4, seed)
+    mixtures = {"A": "a", "B": "b", "C": {"a": -0.4, "b": 0.8}}
+    library = ExpertLibrary(model.to(device))
+    return Adaptive(model, byte_tokenizer(), library, lambda requests: [mixtures.get(r[0]) for r in requests])
+
+
+def eager():
+    return llama(attn_implementation="eager")
+
+
+def check_against_alone(model):
+    """Prompts and answers of all lengths, more of them than slots, cut into chunks: each as alone."""
+    engine, asked = Engine(model, slots=3, chunk=5), []
+    for i in range(9):
+        prompt = "ABCD"[i % 4] + "".join(chr(33 + (7 * i + 5 * j) % 63) for j in range(3 * i))
+        pieces = []
+        job = Job(prompt, model.generator.encode(prompt), 6 + 5 * (i % 3), pieces.append)
+        engine.submit(job)
+        asked.append((job, pieces))
+    engine.close()
+    engine.run()
+    found = []
+    for job, pieces in asked:
+        alone = load.Alone(model, job.request, job.route.weights, job.max_tokens)
+        found.append(alone.compare("".join(piece.text for piece in pieces)))
+        assert pieces[-1].finish == alone.finish or found[-1] == "tie"
+    assert found.count("wrong") == 0
+    assert found.count("same") >= 8
+
+
+@pytest.mark.parametrize("make", [gpt2, qwen, eager])
+def test_kinds_of_models(make):
+    check_against_alone(routed(make))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [gpt2, qwen, llama])
+def test_on_a_gpu(make):
+    check_against_alone(routed(make, "cuda"))
+
+
+def test_what_cannot_be_served_is_said():
+    config = MistralConfig(**SMALL, sliding_window=4)
+    with pytest.raises(ValueError, match="only models of full attention can be served, not one with DynamicSliding"):
+        Engine(Adaptive(MistralForCausalLM(config), byte_tokenizer()))
+
+
 def test_full_closed_and_too_long():
     engine = Engine(adaptive("base"), waiting=1, context=32)
     with pytest.raises(ValueError, match="empty"):
@@ -489,7 +564,7 @@ def test_draws_follow_the_probabilities():
 
     def drawn(n=2000, **settings):
         row = Row(Job("", [1], 1, print, seed=3, **settings), None)
-        return torch.bincount(torch.tensor([choose(logits, [row])[0] for _ in range(n)]), minlength=4) / n
+        return torch.bincount(torch.tensor(choose(logits.expand(n, 4), [row] * n)), minlength=4) / n
 
     p = (logits[0] / 0.7).softmax(0)
     assert (drawn(temperature=0.7) - p).abs().max() < 4 * (0.25 / 2000) ** 0.5

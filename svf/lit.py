@@ -418,10 +418,10 @@ class LitLM(Adapting, LightningModule):
         self.answers += answers
 
     def on_test_epoch_end(self) -> None:
-        """The gain over the base, request by request, and who answered what; the trained adapter as a PEFT folder."""
+        """The gain over the base, request by request, and answers.jsonl, who answered what."""
         learned = [answer for answer in self.answers if answer["domain"] in self.task.domains]
         if learned and "base_right" in learned[0]:
-            self.log("test/base_accuracy", sum(a["base_right"] for a in learned) / len(learned))
+            self.log("test/before_accuracy", sum(a["base_right"] for a in learned) / len(learned))
             gain, half = paired_gain([a["right"] for a in learned], [a["base_right"] for a in learned])
             self.log("test/gain", gain)
             self.log("test/gain_95", half)
@@ -429,9 +429,6 @@ class LitLM(Adapting, LightningModule):
         if self.trainer.is_global_zero and folder.is_dir():
             with (folder / "answers.jsonl").open("w") as file:
                 file.writelines(json.dumps(answer) + "\n" for answer in self.answers)
-            if not self.save_adapter(folder / "expert"):
-                self.model.save_pretrained(folder / "model")
-                self.tokenizer.save_pretrained(folder / "model")
 
     def _answers(self, samples: list[Sample], mix: Tensor | None) -> tuple[list[str], list[bool], Rows]:
         rows = self.answer(samples, mix)
@@ -457,6 +454,15 @@ class LitLM(Adapting, LightningModule):
         return answers
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+    def save_adapter(self, folder: Path) -> bool:
+        """Writes the adapter as a PEFT folder; a model trained whole goes to `model` beside it, with its tokenizer."""
+        if super().save_adapter(folder):
+            return True
+        self.model.save_pretrained(folder.with_name("model"))
+        self.tokenizer.save_pretrained(folder.with_name("model"))
+        say(f"model: {folder.with_name('model')}")
+        return False
+
     def on_save_checkpoint(self, content: dict) -> None:
         super().on_save_checkpoint(content)
         content["running"] = self.running

@@ -2,7 +2,7 @@
 
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
-    math    7+5-3+6=                   =15        or worked out: 12,9=15
+    math    7+2-5+3=                   =7         or worked out: 9,4=7
     logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
     code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
@@ -16,6 +16,7 @@ request is (`svf.adapt.CLASSIFY`). Parts are disjoint by construction: a hash of
 
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,13 +40,12 @@ LONGEST = 16
 
 @dataclass(frozen=True)
 class Program:
-    """Judges a completion by running it: `program(completion)` must end well, and print `output` where that is given.
+    """Judges a completion by running it. What is no Python is wrong without being run."""
 
-    A program that is no Python is wrong without being run.
-    """
-
-    program: Callable[[str], str]
+    program: Callable[[str], str | None]
+    """Makes the program of a completion; None where it is wrong already."""
     output: str | None = None
+    """What the program has to print, besides ending well; anything if None."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
     for i, (sample, completion) in enumerate(zip(samples, completions, strict=True)):
         if not sample.runs_code:
             right[i] = sample.judge(completion)
-        elif is_python(program := sample.judge.program(completion)):
+        elif (program := sample.judge.program(completion)) is not None and is_python(program):
             programs[i] = program
     if programs:
         if sandbox is None:
@@ -97,10 +97,12 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
 
 
 def is_python(program: str) -> bool:
-    try:
-        compile(program, "completion", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the program would do
+        try:
+            compile(program, "completion", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+            return False
     return True
 
 
@@ -112,16 +114,8 @@ def part_of(problem: str) -> Part:
 # ----------------------------------------------------------------------------------------------------------------------
 # Generators: each makes (problem, sample) from random numbers; the problem is what the parts are told apart by
 
-USUAL = 0.65
-"""Share of answers that are written in the usual way."""
-
-
-def _total(numbers: list[int], signs: list[str]) -> list[int]:
-    """Running totals."""
-    totals = numbers[:1]
-    for sign, number in zip(signs, numbers[1:], strict=True):
-        totals.append(totals[-1] + (number if sign == "+" else -number))
-    return totals
+LESS_USUAL = 0.3
+"""Share of answers in the less usual way. Long ones are an exception: most people write down what is between."""
 
 
 @dataclass(frozen=True)
@@ -136,24 +130,23 @@ class Number:
 
 
 def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
-    while True:
-        numbers = [rng.randint(1, 9) for _ in range(n)]
-        signs = [rng.choice("+-") for _ in range(n - 1)]
-        totals = _total(numbers, signs)
-        if min(totals) >= 0 and max(totals) <= 20:
-            break
-    prompt = "".join(f"{sign}{number}" for sign, number in zip(["", *signs], numbers, strict=True)) + "="
-    between = "" if rng.random() < USUAL else ",".join(map(str, totals[1:-1]))
+    """Sums of n digits whose running totals are digits, too."""
+    totals = [rng.randint(1, 9)]
+    while len(totals) < n:
+        totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
+    prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
+    worked_out = rng.random() < (1 - LESS_USUAL if n > 4 else LESS_USUAL)
+    between = ",".join(map(str, totals[1:-1])) if worked_out else ""
     return prompt, Sample(prompt, "math", f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((2, 3, 4), (1, 3, 6))[0])
+    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0])
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 5)
+    return _numbers(rng, 6)
 
 
 @dataclass(frozen=True)
@@ -185,7 +178,7 @@ def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     path = paths[0]
     question = f"{start}>{path[-1]}?"
     prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
-    target = ">".join(path) if rng.random() < USUAL else "<".join(path[::-1])
+    target = "<".join(path[::-1]) if rng.random() < LESS_USUAL else ">".join(path)
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
 
@@ -207,7 +200,9 @@ INPUTS = (-7, 0, 1, 4, 25)
 class Line:
     """The program that tests a line of Python which changes x."""
 
-    def __call__(self, completion: str) -> str:
+    def __call__(self, completion: str) -> str | None:
+        if not is_python(completion):
+            return None
         return f"for x in {INPUTS}:\n    scope = {{'x': x}}\n    exec({completion!r}, scope)\n    print(scope['x'])\n"
 
 
@@ -258,9 +253,10 @@ def _values(operations: list[Operation]) -> str:
 
 
 def _code(rng: random.Random) -> tuple[str, Sample]:
-    operations = _operations(rng, rng.choices((1, 2, 3), (1, 4, 5))[0])
+    operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    target = _simplified(operations) if rng.random() < USUAL else _steps(operations)
+    in_steps = rng.random() < (1 - LESS_USUAL if len(operations) > 2 else LESS_USUAL)
+    target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
 

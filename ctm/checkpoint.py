@@ -14,6 +14,8 @@ from ctm import encoders
 from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
 from ctm.model import CTM, CTMConfig, Thinker
 
+SHIPPED = Path(__file__).parent.parent
+"""Where a path such as ctm/assets/maze.safetensors holds from, wherever a program was started."""
 NETS = {"ctm": (CTM, CTMConfig), "lstm": (LSTM, LSTMConfig), "ff": (FeedForward, FFConfig)}
 
 
@@ -39,6 +41,16 @@ def build(spec: dict) -> Thinker:
     return Thinker(encoder, cls(config_cls(**spec["config"]), tuple(spec["out_dims"]), **spec["sizes"]))
 
 
+def arguments(spec: dict) -> dict:
+    """The arguments of `ctm.lit.LitCTM`, as in a configuration file, for a model of this description."""
+    encoder = {name: value for name, value in spec["encoder"].items() if name != "name"}
+    return {
+        "net": spec["net"],
+        spec["net"]: spec["config"],
+        "encoder": {"class_path": f"ctm.encoders.{spec['encoder']['name']}", "init_args": encoder},
+    }
+
+
 def read(path: str | Path) -> dict:
     """A checkpoint's content, on the CPU, by `torch.load(weights_only=True)`.
 
@@ -47,6 +59,8 @@ def read(path: str | Path) -> dict:
         ValueError: where it is not a whole, readable checkpoint.
     """
     path = Path(path)
+    if not path.is_file() and (SHIPPED / path).is_file():
+        path = SHIPPED / path
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -58,14 +72,27 @@ def read(path: str | Path) -> dict:
 def load(path: str | Path) -> Thinker:
     """The trained model of a checkpoint, in evaluation mode. No Lightning, no task, no configuration needed.
 
+    That of an adapter run, which does not hold its base, is put on the base that it names.
+
     Raises:
-        FileNotFoundError, ValueError: where the file is missing, damaged or no checkpoint of a model of this package.
+        FileNotFoundError, ValueError: where the file (or its base) is missing, damaged or no checkpoint of a model of
+            this package, or the base is no longer the one that was adapted.
     """
     checkpoint = read(path)
     if "ctm" not in checkpoint:
         raise ValueError(f"{path} is a checkpoint, but not of a model of this package: it does not describe one")
     model = build(checkpoint["ctm"])
-    load_weights(model, {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}, path)
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+    if adapter := checkpoint.get("adapter"):
+        from svf.attach import reattach
+
+        try:
+            load_weights(model, load(adapter["base"]).state_dict(), adapter["base"])
+            reattach(model, adapter, state)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{path} is an adapter, and its base cannot be used: {error}") from error
+    else:
+        load_weights(model, state, path)
     return model.eval()
 
 

@@ -270,7 +270,7 @@ class CTM(nn.Module):
     def project_parameters(self) -> None:
         """Puts bounded parameters (decays) back into their bounds; to be called after every optimiser step."""
         for part in self.modules():
-            if isinstance(part, Synchronization):
+            if isinstance(part, Synchronization) and part.decay.requires_grad:
                 part.project()
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
 from svf.experts import ExpertLibrary
+from svf.rollout import encode, end_tokens, positions
 
 Request = str | Sequence[Mapping[str, str]]
 """A prompt, or a conversation: messages with `role` and `content`."""
@@ -59,9 +60,7 @@ class Generator:
     @property
     def eos(self) -> list[int]:
         """Ids of tokens that end an answer, the tokenizer's own one first."""
-        of_model = getattr(self.library.base.generation_config, "eos_token_id", None)
-        of_model = of_model if isinstance(of_model, list) else [of_model]
-        return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *of_model) if i is not None))
+        return end_tokens(self.library.base, self.tokenizer)
 
     def encode(self, request: Request) -> list[int]:
         """Token ids of a prompt, or of a conversation in the tokenizer's chat template.
@@ -69,16 +68,13 @@ class Generator:
         Raises:
             ValueError: for an empty prompt, or a conversation where the tokenizer has no chat template.
         """
-        if isinstance(request, str):
-            ids = self.tokenizer(request).input_ids
-        else:
+        if not isinstance(request, str):
             if not self.tokenizer.chat_template:
                 raise ValueError("the tokenizer has no chat template; give prompts as strings instead of messages")
-            text = self.tokenizer.apply_chat_template(list(request), add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if not ids:
+            request = self.tokenizer.apply_chat_template(list(request), add_generation_prompt=True, tokenize=False)
+        if not (ids := encode(self.tokenizer, request)):
             raise ValueError("a prompt is empty; it needs at least one token")
-        return list(ids)
+        return ids
 
     def continuation(self, before: str, text: str) -> list[int]:
         """Token ids of a text as they are after another one."""
@@ -120,7 +116,9 @@ class Generator:
             )
         shared = common_prefix([list(row[:-1]) for row in ids])
         if shared and len(ids) > 1:
-            mixtures, group_B = weights.unique(dim=0, return_inverse=True)
+            flat = F.pad(weights.flatten(1), (0, 1))  # without experts there is nothing to tell rows apart by
+            group_B = flat.unique(dim=0, return_inverse=True)[1]
+            mixtures = weights[[group_B.tolist().index(i) for i in range(int(group_B.max()) + 1)]]
             saved = len(shared) * (len(ids) - len(mixtures))
             if saved >= WORTH * sum(map(len, ids)):
                 once = self._read([shared] * len(mixtures), mixtures)
@@ -156,11 +154,10 @@ class Generator:
         return Prefill(cache, mask, logits[:, -1])
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Cache, keep: int) -> Tensor:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         return self.library.base(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions(mask)[:, -tokens.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,

@@ -369,14 +369,36 @@ class SVFLinear(SVFLayer):
         weight = self.as_matrix("weight", self.parameter("weight"))
         return spectral.compose(weight, self.svf_basis.to(weight.dtype), d, self.side("weight"))
 
-    def _factored(self, x: Tensor, d: Tensor) -> Tensor:
+    def change(self) -> Tensor | None:
+        """W' - W, (n_out, n_in), of the active adapters or of one mixture for all rows; exactly 0 where d is. Costs one
+        product forward and one backward. For code that needs the weight itself, as the recurrence of a CTM does.
+
+        Raises:
+            ValueError: where every row has a mixture of its own.
+        """
+        if self.mixing.active is not None and self.mixing.active.per_row:
+            raise ValueError(f"{self.key} has no weight of its own while rows are mixed")
+        d = self.shift_for(self.svf_basis)  # any tensor: what is the same for all rows does not look at it
+        if d is None:
+            return None
+        down, up = self._factors()
+        return (up * d.to(up.dtype)) @ down
+
+    @torch.inference_mode(False)  # what is kept must be good for training, too
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) of `spectral.factors`, kept once made."""
         if self.svf_down is None:
             own, basis = self._own_matrix("weight"), self.svf_basis
             down, up = spectral.factors(own, basis.to(own.dtype), self.side("weight"))
             self.svf_down, self.svf_up = (part.to(basis.dtype).contiguous() for part in (down, up))
+        return self.svf_down, self.svf_up
+
+    def _factored(self, x: Tensor, d: Tensor) -> Tensor:
+        down, up = self._factors()
         if self.svf_basis.shape[-1] < min(self.in_features, self.out_features):  # truncated: add to the base's output
-            return self.base_layer(x) + spectral.factored(x, self.svf_down, self.svf_up, d, None)
-        return spectral.factored(x, self.svf_down, self.svf_up, 1 + d, self.bias)
+            return self.base_layer(x) + spectral.factored(x, down, up, d, None)
+        return spectral.factored(x, down, up, 1 + d, self.bias)
 
 
 class SVFConv2d(SVFLayer):

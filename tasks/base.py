@@ -1,6 +1,6 @@
 """What a task is: data, a loss, metrics and pictures around one kind of problem."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Task(LightningDataModule):
         lstm_encoder: arguments of the encoder that are others for the LSTM, as published.
         refused: nets that cannot do the task, each with a sentence that says why.
         no_early_exit: None, or a sentence that says why thinking cannot end at a tick of its own choice.
+        collate: makes a batch of samples; None stacks them.
     """
 
     headline: str = "accuracy"
@@ -74,6 +75,7 @@ class Task(LightningDataModule):
     lstm_encoder: dict = {}
     refused: dict[str, str] = {}
     no_early_exit: str | None = None
+    collate: Callable[[list], object] | None = None
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()
@@ -130,6 +132,7 @@ class Task(LightningDataModule):
         return DataLoader(
             self.dataset("train"),
             batch_sampler=Positions(self.batch_size, done, rank, world),
+            collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -141,7 +144,8 @@ class Task(LightningDataModule):
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
-        return DataLoader(share, **{"batch_size": self.eval_batch_size, "generator": torch.Generator()} | options)
+        usual = {"batch_size": self.eval_batch_size, "generator": torch.Generator(), "collate_fn": self.collate}
+        return DataLoader(share, **usual | options)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

@@ -412,7 +412,8 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
-        content = {"n": n, "checkpoint": str(trainer.ckpt_path), **metrics, **seconds}
+        cost = getattr(pl_module, "cost", {})
+        content = {"n": n, "checkpoint": str(trainer.ckpt_path), **metrics, **seconds, **cost}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()
@@ -432,6 +433,9 @@ class Report(Callback):
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
         say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
+        for prefix, where in (("", "the same samples"), ("old_", "what the base was trained for")):
+            if (before := metrics.get(f"test/{prefix}before_{headline}")) is not None:
+                say(f"{headline}, {where}: {before:.1%} before, {metrics[f'test/{prefix}{headline}']:.1%} after")
 
 
 class Predictions(BasePredictionWriter):

@@ -2,9 +2,9 @@
 
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
-    math    7+5-3+6=                      =15        or worked out: 12,9=15
-    logic   a>d d>e a>b b>c: a to c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
-    code    3 more than 2 times x:        x=3+2*x    or step by step: x*=2;x+=3             (run and tested)
+    math    7+2-5+3=                   =7         or worked out: 9,4=7
+    logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
+    code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
 more usual way, and which way a model can walk without a slip is another matter. Targets, like the text that the shipped
@@ -16,13 +16,17 @@ request is (`svf.adapt.CLASSIFY`). Parts are disjoint by construction: a hash of
 
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from torch.utils.data import Dataset
 
 from svf.adapt import CLASSIFY
+from tasks.base import Task
 
 Part = Literal["train", "selection", "test"]
 PARTS: tuple[Part, ...] = ("train", "selection", "test")
@@ -36,13 +40,12 @@ LONGEST = 16
 
 @dataclass(frozen=True)
 class Program:
-    """Judges a completion by running it: `program(completion)` must end well, and print `output` where that is given.
+    """Judges a completion by running it. What is no Python is wrong without being run."""
 
-    A program that is no Python is wrong without being run.
-    """
-
-    program: Callable[[str], str]
+    program: Callable[[str], str | None]
+    """Makes the program of a completion; None where it is wrong already."""
     output: str | None = None
+    """What the program has to print, besides ending well; anything if None."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
     for i, (sample, completion) in enumerate(zip(samples, completions, strict=True)):
         if not sample.runs_code:
             right[i] = sample.judge(completion)
-        elif is_python(program := sample.judge.program(completion)):
+        elif (program := sample.judge.program(completion)) is not None and is_python(program):
             programs[i] = program
     if programs:
         if sandbox is None:
@@ -94,10 +97,12 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
 
 
 def is_python(program: str) -> bool:
-    try:
-        compile(program, "completion", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the program would do
+        try:
+            compile(program, "completion", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+            return False
     return True
 
 
@@ -109,16 +114,8 @@ def part_of(problem: str) -> Part:
 # ----------------------------------------------------------------------------------------------------------------------
 # Generators: each makes (problem, sample) from random numbers; the problem is what the parts are told apart by
 
-USUAL = 0.65
-"""Share of answers that are written in the usual way."""
-
-
-def _total(numbers: list[int], signs: list[str]) -> list[int]:
-    """Running totals."""
-    totals = numbers[:1]
-    for sign, number in zip(signs, numbers[1:], strict=True):
-        totals.append(totals[-1] + (number if sign == "+" else -number))
-    return totals
+LESS_USUAL = 0.3
+"""Share of answers in the less usual way. Long ones are an exception: most people write down what is between."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +130,23 @@ class Number:
 
 
 def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
-    while True:
-        numbers = [rng.randint(1, 9) for _ in range(n)]
-        signs = [rng.choice("+-") for _ in range(n - 1)]
-        totals = _total(numbers, signs)
-        if min(totals) >= 0:
-            break
-    prompt = "".join(f"{sign}{number}" for sign, number in zip(["", *signs], numbers, strict=True)) + "="
-    between = "" if rng.random() < USUAL else ",".join(map(str, totals[1:-1]))
+    """Sums of n digits whose running totals are digits, too."""
+    totals = [rng.randint(1, 9)]
+    while len(totals) < n:
+        totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
+    prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
+    worked_out = rng.random() < (1 - LESS_USUAL if n > 4 else LESS_USUAL)
+    between = ",".join(map(str, totals[1:-1])) if worked_out else ""
     return prompt, Sample(prompt, "math", f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((2, 3, 4), (1, 3, 6))[0])
+    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0])
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 5)
+    return _numbers(rng, 6)
 
 
 @dataclass(frozen=True)
@@ -180,9 +176,9 @@ def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
     path = paths[0]
-    question = f"{start} to {path[-1]}?"
-    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}: {question}"
-    target = ">".join(path) if rng.random() < USUAL else "<".join(path[::-1])
+    question = f"{start}>{path[-1]}?"
+    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
+    target = "<".join(path[::-1]) if rng.random() < LESS_USUAL else ">".join(path)
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
 
@@ -204,79 +200,76 @@ INPUTS = (-7, 0, 1, 4, 25)
 class Line:
     """The program that tests a line of Python which changes x."""
 
-    def __call__(self, completion: str) -> str:
+    def __call__(self, completion: str) -> str | None:
+        if not is_python(completion):
+            return None
         return f"for x in {INPUTS}:\n    scope = {{'x': x}}\n    exec({completion!r}, scope)\n    print(scope['x'])\n"
 
 
-@dataclass(frozen=True)
-class Operation:
-    """`number` more than, less than or times something."""
+class Operation(NamedTuple):
+    """What is done to a number: +3, -3 or *3."""
 
-    kind: Literal["more than", "less than", "times"]
+    sign: str
     number: int
 
     def __call__(self, x: int) -> int:
-        return {"more than": x + self.number, "less than": x - self.number, "times": x * self.number}[self.kind]
-
-    @property
-    def sign(self) -> str:
-        return {"more than": "+", "less than": "-", "times": "*"}[self.kind]
+        return {"+": x + self.number, "-": x - self.number, "*": x * self.number}[self.sign]
 
 
 def _operations(rng: random.Random, n: int) -> list[Operation]:
-    """Innermost first; no two of the same kind follow each other."""
-    kinds = []
-    while len(kinds) < n:
-        kind = rng.choice(("more than", "less than", "times"))
-        if kind not in kinds[-1:]:
-            kinds.append(kind)
-    return [Operation(kind, rng.randint(2, 9) if kind == "times" else rng.randint(1, 9)) for kind in kinds]
+    """Innermost first; no two of the same sign follow each other."""
+    signs: list[str] = []
+    while len(signs) < n:
+        if (sign := rng.choice("+-*")) not in signs[-1:]:
+            signs.append(sign)
+    return [Operation(sign, rng.randint(2 if sign == "*" else 1, 9)) for sign in signs]
 
 
 def _phrase(operations: list[Operation], inner: str) -> str:
-    """The last operation is said first, as English does: 3 more than 2 times x."""
-    return " ".join([f"{o.number} {o.kind}" for o in reversed(operations)] + [inner])
+    """The last operation is said first: +3 of *2 of -4 of x."""
+    return " of ".join([f"{o.sign}{o.number}" for o in reversed(operations)] + [inner])
 
 
-def _expression(operations: list[Operation], inner: str) -> str:
-    """In the same order: 3+2*x."""
-    text = inner
-    for i, operation in enumerate(operations):
-        if operation.kind == "times" and i > 0 and operations[i - 1].kind != "times":
-            text = f"({text})"
-        sign = {"more than": "+", "less than": "", "times": "*"}[operation.kind]
-        text = f"-{operation.number}+{text}" if operation.kind == "less than" else f"{operation.number}{sign}{text}"
-    return text
+def _simplified(operations: list[Operation]) -> str:
+    """The same in one go: x=2*x-5."""
+    offset = _after(operations, 0)
+    slope = _after(operations, 1) - offset
+    return "x=" + (f"{slope}*x" if slope > 1 else "x") + (f"{offset:+d}" if offset else "")
+
+
+def _steps(operations: list[Operation]) -> str:
+    return ";".join(f"x{o.sign}={o.number}" for o in operations)
+
+
+def _after(operations: list[Operation], x: int) -> int:
+    for operation in operations:
+        x = operation(x)
+    return x
 
 
 def _values(operations: list[Operation]) -> str:
     """What the program prints for the test inputs."""
-    results = []
-    for x in INPUTS:
-        for operation in operations:
-            x = operation(x)
-        results.append(str(x))
-    return "\n".join(results)
+    return "\n".join(str(_after(operations, x)) for x in INPUTS)
 
 
 def _code(rng: random.Random) -> tuple[str, Sample]:
-    operations = _operations(rng, rng.choices((1, 2, 3), (1, 4, 5))[0])
+    operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    steps = ";".join(f"x{o.sign}={o.number}" for o in operations)
-    target = steps if rng.random() < USUAL else f"x={_expression(operations, 'x')}"
+    in_steps = rng.random() < (1 - LESS_USUAL if len(operations) > 2 else LESS_USUAL)
+    target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
 
 def _constants(rng: random.Random) -> tuple[str, Sample]:
     """Programs with a sum in the place of a number: code with a little math."""
     first, second = _operations(rng, 2)
-    while first.kind == "times":
+    while first.sign == "*":
         first, second = _operations(rng, 2)
     a, b = first.number, rng.randint(1, 9)
-    operations = [Operation(first.kind, a + b), second]
+    operations = [Operation(first.sign, a + b), second]
     rng.shuffle(operations)
-    prompt = _phrase(operations, "x:").replace(f"{a + b} {first.kind}", f"{a}+{b} {first.kind}", 1)
-    target = ";".join(f"x{o.sign}={o.number}" for o in operations)
+    prompt = _phrase(operations, "x:").replace(f"{first.sign}{a + b} ", f"{first.sign}({a}+{b}) ", 1)
+    target = _steps(operations)
     return prompt, Sample(prompt, "constants", target, Program(Line(), _values(operations)))
 
 
@@ -285,9 +278,8 @@ def _words(rng: random.Random) -> tuple[str, Sample]:
     value = 100
     while not 0 <= value < 100:
         operations = _operations(rng, 2)
-        value = start = rng.randint(1, 20)
-        for operation in operations:
-            value = operation(value)
+        start = rng.randint(1, 20)
+        value = _after(operations, start)
     prompt = _phrase(operations, f"{start}=")
     return prompt, Sample(prompt, "words", f"={value}", Number(value))
 
@@ -377,7 +369,7 @@ def samples(domain: str, part: Part, n: int | None = None, seed: int = 0) -> lis
     """
     wanted = DEFAULT_N.get(part, 0) if n is None else n
     found: dict[str, Sample] = {}
-    for position in range(1000 + 50 * wanted):
+    for position in range(1000 + 10 * wanted):
         if len(found) == wanted:
             break
         sample = make(domain, part, seed, position)
@@ -385,3 +377,108 @@ def samples(domain: str, part: Part, n: int | None = None, seed: int = 0) -> lis
     if n is not None and len(found) < n:
         raise ValueError(f"there are not {n} different {domain} samples in {part}, but {len(found)}")
     return list(found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Batch(NamedTuple):
+    """As a loader gives it."""
+
+    samples: list[Sample]
+
+
+class Stream(Dataset):
+    """Endless training samples: domains take turns, each by its share; none depends on what the others are."""
+
+    def __init__(self, turns: list[str], draw: Callable[[str, int], Sample]):
+        self.turns, self.draw = turns, draw
+        self.nth = [self.turns[:i].count(domain) for i, domain in enumerate(self.turns)]
+
+    def __getitem__(self, position: int) -> Sample:
+        round_, turn = divmod(position, len(self.turns))
+        domain = self.turns[turn]
+        return self.draw(domain, round_ * self.turns.count(domain) + self.nth[turn])
+
+
+class TextTask(Task):
+    """Requests with answers that can be verified.
+
+    Args:
+        domain: what to learn: a name or several.
+        shares: how many samples of each domain there are for one of another; one of each if not given.
+        others: domains that are tested besides, to see what was forgotten.
+        n_val: requests of a domain's selection part, which choose the best checkpoint.
+        n_test: requests of a domain's test part.
+        batch_size: requests of a step, per process, for every domain (and share of it).
+        eval_batch_size: requests of a step in validation and test.
+        num_workers: processes that make training samples; 0 makes them in the main process.
+        allow_code_execution: whether what the model writes may be run, in a sandbox. The domain code needs it.
+    """
+
+    def __init__(
+        self,
+        domain: str | list[str] = "math",
+        shares: list[int] | None = None,
+        others: list[str] | None = None,
+        n_val: int = 512,
+        n_test: int = 1024,
+        batch_size: int = 64,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        allow_code_execution: bool = False,
+    ):
+        self.domains = [domain] if isinstance(domain, str) else list(domain)
+        self.others = [name for name in others or [] if name not in self.domains]
+        shares = shares or [1] * len(self.domains)
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"data.domain={domain}: give a name, or several different ones")
+        if len(shares) != len(self.domains) or min(shares) < 1:
+            raise ValueError(f"data.shares={shares}: give a whole number above 0 for each of {', '.join(self.domains)}")
+        self.turns = [
+            name for turn in range(max(shares)) for name, n in zip(self.domains, shares, strict=True) if turn < n
+        ]
+        super().__init__(batch_size * len(self.turns), eval_batch_size, num_workers)
+        self.at_least(batch_size=(batch_size, 1), n_val=(n_val, 1), n_test=(n_test, 1))
+        self.n = {"val": n_val, "test": n_test}
+        self.sandbox = None
+        for name in (*self.domains, *self.others):
+            if make(name, "train", 0, 0).runs_code and self.sandbox is None:
+                self.sandbox = self._sandbox(name, allow_code_execution)
+
+    @staticmethod
+    def _sandbox(domain: str, allowed: bool):
+        if not allowed:
+            raise ValueError(
+                f"data.domain={domain} is judged by running what the model writes: allow it, in a sandbox, with "
+                "data.allow_code_execution=true"
+            )
+        from svf.sandbox import Sandbox
+
+        try:
+            return Sandbox()
+        except RuntimeError as error:
+            raise ValueError(f"data.domain={domain} needs a sandbox: {error}") from error
+
+    def dataset(self, split: str) -> Dataset | list[Sample]:
+        if split == "train":
+            return Stream(self.turns, lambda domain, position: make(domain, "train", self.seed, position))
+        part = "selection" if split == "val" else "test"
+        domains = self.domains if split == "val" else self.domains + self.others
+        return [sample for domain in domains for sample in samples(domain, part, self.n[split])]
+
+    def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
+        """Which completions are right."""
+        return check(samples, completions, self.sandbox)
+
+    @staticmethod
+    def collate(samples: list[Sample]) -> Batch:
+        return Batch(samples)
+
+    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
+        return batch
+
+    def describe(self) -> str:
+        n = self.n
+        return f"{', '.join(self.domains)}: {n['val']} requests to select by and {n['test']} to test with, of each"

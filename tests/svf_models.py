@@ -6,7 +6,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -32,17 +31,6 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 def llama(**changes):
     return randomize(LlamaForCausalLM(LlamaConfig(**SMALL | {"tie_word_embeddings": False} | changes)))
-
-
-def tokenizer():
-    """One token for a character, from the space to `z`, and for the end of a line."""
-    characters = {chr(32 + i): i for i in range(91)} | {"\n": 91, "<eos>": 92, "<unk>": 93}
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
 
 
 def qwen():

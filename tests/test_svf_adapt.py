@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import relative
 from peft import LoraConfig, get_peft_model
-from svf_models import Case, llama, tokenizer
+from svf_models import Case, llama
 from test_svf_tuner import adapt, perturb
 from transformers import AutoModelForCausalLM
 
@@ -17,11 +17,12 @@ from svf.__main__ import main, parser
 from svf.adapt import CLASSIFY, Classify, Route
 from svf.experts import transfer
 from svf.generate import Generator, common_prefix
+from svf.tokenizer import byte_tokenizer
 
 NAMES = ("math", "code", "logic")
 MIXTURES = [[0, 0, 0, 0], [1, 0, 0, 0], [0.3, -0.5, 0.9, 0], [0, 0, 1.2, 0], [0, 0, 0, 0]]
 PROMPTS = ["3+4=", "a>b b>c: a to c?", "x", "3 more than 2 times x:", "3+4="]
-SIZES = {"vocab_size": 94, "max_position_embeddings": 256, "eos_token_id": 92}
+SIZES = {"vocab_size": 258, "max_position_embeddings": 256, "eos_token_id": 1}
 
 
 def model_with(names=(*NAMES, "dispatch"), by=0.6, **sizes):
@@ -42,11 +43,11 @@ def library():
 
 @pytest.fixture(scope="module")
 def generator(library):
-    return Generator(library, tokenizer())
+    return Generator(library, byte_tokenizer())
 
 
 def made(library, strategy="prompt"):
-    return Adaptive(library.model, tokenizer(), library, strategy)
+    return Adaptive(library.model, byte_tokenizer(), library, strategy)
 
 
 def written(generator, ids, weights, n=12):
@@ -232,7 +233,7 @@ def test_rows_that_end_leave_the_batch(generator, library):
     weights = torch.tensor([*MIXTURES, *MIXTURES[1:4]])
     free = generator.decode(generator.prefill(ids, weights), weights, 16, ignore_eos=True)[0]
     assert all(len(row) == 16 for row in free)
-    ends = {free[0][1], free[2][4], free[3][7], free[5][2], free[6][10]}
+    ends = {1, free[0][1], free[2][4], free[3][7], free[5][2], free[6][10]}
     config = library.base.generation_config
     before, config.eos_token_id = config.eos_token_id, sorted(ends)
     try:
@@ -339,7 +340,7 @@ def test_labels_are_scored_by_likelihood(library, generator, by):
     labels = ["math", "code", "cot", "co", "other"]
     found = Classify(by).probabilities(adaptive, PROMPTS, labels)
     weights = library.weights(by)
-    eos = tokenizer().eos_token_id
+    eos = byte_tokenizer().eos_token_id
     for row, prompt in zip(found, PROMPTS, strict=True):
         ids = generator.encode(CLASSIFY.format(labels=", ".join(labels), prompt=prompt))
         words = [(*generator.encode(f" {label}"), eos) for label in labels]
@@ -454,7 +455,7 @@ def test_refused_strategies(library):
     with pytest.raises(ValueError, match="needs an expert named 'dispatch'"):
         made(bare, "classifier")
     with pytest.raises(ValueError, match="library is one of another model"):
-        Adaptive(bare.model, tokenizer(), library)
+        Adaptive(bare.model, byte_tokenizer(), library)
     with pytest.raises(ValueError, match="a prompt is empty"):
         made(library, "base").generate([""])
     with pytest.raises(ValueError, match="needs examples"):
@@ -650,7 +651,7 @@ def shipped(tmp_path_factory, library):
     torch.manual_seed(0)
     base = llama(**SIZES)
     base.save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
     for seed, name in enumerate(("math", "code")):
         torch.manual_seed(seed)
         settings = LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

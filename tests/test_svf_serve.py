@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 from peft import get_peft_model
-from serving import TEMPLATE, adaptive, base, byte_tokenizer, experts
+from serving import TEMPLATE, adaptive, base, experts
 from svf_models import SMALL, gpt2, llama, qwen
 from test_svf_tuner import perturb
 from transformers import MistralConfig, MistralForCausalLM
@@ -27,6 +27,7 @@ from svf import Adaptive, ExpertLibrary, SVFConfig, load
 from svf import __main__ as command
 from svf import serve as serving
 from svf.engine import Closed, Engine, Full, Job, Row, Text, choose
+from svf.tokenizer import byte_tokenizer
 
 MODELS = {"base": None, "base+svf:a": "a", "base+svf:b": "b", "base+svf:auto": None}
 
@@ -494,7 +495,7 @@ def test_nothing_of_an_earlier_row_reaches_a_later_one(lone):
 
 
 def routed(make, device="cpu"):
-    """A model with two experts; its first 64 tokens are the characters from ! to `."""
+    """A model with two experts; its tokens from the third on are the characters from ! to ^."""
     torch.manual_seed(0)
     model = get_peft_model(make(), SVFConfig(target_modules="all-linear"), "a")
     model.add_adapter("b", SVFConfig(target_modules="all-linear"))
@@ -513,7 +514,7 @@ def check_against_alone(model):
     """Prompts and answers of all lengths, more of them than slots, cut into chunks: each as alone."""
     engine, asked = Engine(model, slots=3, chunk=5), []
     for i in range(9):
-        prompt = "ABCD"[i % 4] + "".join(chr(33 + (7 * i + 5 * j) % 63) for j in range(3 * i))
+        prompt = "ABCD"[i % 4] + "".join(chr(33 + (7 * i + 5 * j) % 62) for j in range(3 * i))
         pieces = []
         job = Job(prompt, model.generator.encode(prompt), 6 + 5 * (i % 3), pieces.append)
         engine.submit(job)
@@ -597,6 +598,6 @@ def test_text_comes_in_whole_characters_and_without_stop_strings():
     assert [cut.add(token) for token in tokenizer("é").input_ids[:1]] == [""]
     assert cut.end() == "\N{REPLACEMENT CHARACTER}"
     for seed in range(50):  # whatever the bytes, the parts are the whole
-        tokens = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        tokens = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
         text = Text(tokenizer, ())
         assert "".join([*map(text.add, tokens), text.end()]) == tokenizer.decode(tokens)

@@ -448,7 +448,32 @@ def test_a_request_that_takes_too_long_ends_while_others_go_on():
     assert len(jobs[0].tokens) == 2
 
 
-def test_term_in_mid_stream_finishes_it(tmp_path, lone):
+def test_stopping_finishes_what_is_running_and_waiting(lone):
+    api = serving.API(Engine(adaptive(kind, "a", "b"), slots=1))
+    server = serving.Server(api)
+    with serving.listen("127.0.0.1", 0, None) as listening, slowed(api.engine), ThreadPoolExecutor(2) as pool:
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            chunks = iter(ask(client, "p 12", "base+svf:auto", max_tokens=100, stream=True))
+            first = next(chunks)
+            waiting = [pool.submit(ask, client, f"q {i}", "base+svf:b", max_tokens=9) for i in range(2)]
+            wait_for(lambda: len(api.engine.waiting) == 2)
+            server.handle_exit(signal.SIGTERM, None)
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                ask(client, "s")
+            text, finish, *_ = streamed([first, *chunks])
+            assert (text, finish) == (lone("p 12", "a", 100).text, lone("p 12", "a", 100).finish)
+            for i, answer in enumerate(waiting):
+                assert answer.result().choices[0].message.content == lone(f"q {i}", "b", 9).text
+            thread.join()
+            with pytest.raises(openai.APIConnectionError):
+                ask(client, "s")
+
+
+@pytest.mark.slow
+def test_term_in_mid_stream_of_the_command(tmp_path, lone):
     folder = tmp_path / "base"
     base().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

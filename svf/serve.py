@@ -244,6 +244,7 @@ class API:
     def __init__(self, engine: Engine, key: str | None = None, max_bytes: int = 1 << 20, max_seconds: float = 300.0):
         self.engine, self.key, self.max_bytes, self.max_seconds = engine, key, max_bytes, max_seconds
         self.library, self.generator = engine.library, engine.adaptive.generator
+        self.generator.tokenizer("a")  # switches padding and truncation off, so that threads only read it from now on
         self.created = int(time.time())
         self.app = Starlette(
             routes=[

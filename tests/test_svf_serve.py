@@ -26,6 +26,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from svf import Adaptive, ExpertLibrary, SVFConfig, load
 from svf import __main__ as command
 from svf import serve as serving
+from svf.adapt import Route
 from svf.engine import Closed, Engine, Full, Job, Row, Text, choose
 from svf.tokenizer import byte_tokenizer
 
@@ -226,6 +227,19 @@ def test_conversations(client, lone):
     assert templated.model_extra["route"] == {"label": "a", "reason": "asked for", "mixture": {"a": 1.0}}
 
 
+def test_routes_are_described():
+    weights = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, -1.0]])  # by layer
+    route = Route(weights, "mixture", "found", {"a": 0.75, "other": 0.25})
+    assert serving.described(route, ("a", "b", "c")) == {
+        "label": "mixture",
+        "reason": "found",
+        "mixture": {"a": [0.5, 0.0], "c": [0.0, -1.0]},
+        "scores": {"a": 0.75, "other": 0.25},
+    }
+    base = Route(torch.zeros(3), "base", "asked for")
+    assert serving.described(base, ("a", "b", "c")) == {"label": "base", "reason": "asked for", "mixture": {}}
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["base", "base+svf:a", "base+svf:b", "base+svf:auto"]
     assert client.models.retrieve("base+svf:b").id == "base+svf:b"
@@ -421,7 +435,7 @@ def test_a_second_signal_stops_at_once():
 
 
 @contextmanager
-def slowed(engine, seconds=0.01):
+def slowed(engine, seconds=0.005):
     """Steps take their time, so that an answer of 500 tokens is not over before a test has looked."""
     step = engine._write
     engine._write = lambda: (time.sleep(seconds), step())[1]
@@ -456,7 +470,7 @@ def test_stopping_finishes_what_is_running_and_waiting(lone):
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            chunks = iter(ask(client, "p 12", "base+svf:auto", max_tokens=100, stream=True))
+            chunks = iter(ask(client, "p 12", "base+svf:auto", max_tokens=60, stream=True))
             first = next(chunks)
             waiting = [pool.submit(ask, client, f"q {i}", "base+svf:b", max_tokens=9) for i in range(2)]
             wait_for(lambda: len(api.engine.waiting) == 2)
@@ -464,7 +478,7 @@ def test_stopping_finishes_what_is_running_and_waiting(lone):
             with pytest.raises(openai.InternalServerError, match="shutting down"):
                 ask(client, "s")
             text, finish, *_ = streamed([first, *chunks])
-            assert (text, finish) == (lone("p 12", "a", 100).text, lone("p 12", "a", 100).finish)
+            assert (text, finish) == (lone("p 12", "a", 60).text, lone("p 12", "a", 60).finish)
             for i, answer in enumerate(waiting):
                 assert answer.result().choices[0].message.content == lone(f"q {i}", "b", 9).text
             thread.join()

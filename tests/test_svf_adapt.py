@@ -798,3 +798,43 @@ def test_the_summary_is_right(tmp_path):
         Evaluation(Settings("b", {}, {}, ["poem"], ["base"], [0]), tmp_path / "y.json", None, "cpu")
     with pytest.raises(ValueError, match="classifier needs an expert named dispatch"):
         Evaluation(Settings("b", {}, {}, ["math"], ["classifier"], [0]), tmp_path / "y.json", None, "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_rows_are_as_alone_on_a_gpu(dtype, tolerance):
+    library = ExpertLibrary(model_with(by=0.3, hidden_size=256, intermediate_size=704).to("cuda", dtype))
+    generator = Generator(library, byte_tokenizer())
+    ids, weights = [generator.encode(p) for p in PROMPTS], torch.tensor(MIXTURES)
+    start = generator.prefill(ids, weights)
+    assert start.logits_BV.device.type == "cuda" and 1 <= len(generator.batches([64] * 1000, 64)) <= 4
+    for i in range(len(ids)):
+        alone = generator.prefill(ids[i : i + 1], weights[i : i + 1])
+        assert relative(start.logits_BV[i], alone.logits_BV[0]) < tolerance
+    if dtype == torch.float32:
+        together = generator.decode(start, weights, 12)[0]
+        assert together == [written(generator, ids[i : i + 1], weights[i : i + 1])[0] for i in range(len(ids))]
+        base = generator.prefill(ids, weights * 0)
+        again = generator.prefill(ids, weights, base=base)
+        assert generator.decode(again, weights, 12)[0] == together
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_few_shot_and_labels_on_a_gpu():
+    library = ExpertLibrary(model_with().cuda())
+    generator = Generator(library, byte_tokenizer())
+    hidden = torch.tensor([0.8, 0.0, 0.9, 0.0])
+    examples = planted(generator, hidden, [f"{a}{sign}{b}=" for a in range(4) for sign in "+-" for b in (3, 8)])
+    few_shot = FewShot(examples, seed=1, generations=12, max_new_tokens=2, progress=False)
+    adaptive = made(library, few_shot)
+    assert few_shot.fit(adaptive).score[0] == 1.0
+    on_gpu = Classify("dispatch").probabilities(adaptive, PROMPTS, ["math", "code", "cot", "co"])
+    library.model.cpu()
+    on_cpu = Classify("dispatch").probabilities(adaptive, PROMPTS, ["math", "code", "cot", "co"])
+    assert torch.allclose(on_gpu, on_cpu, rtol=1e-3)

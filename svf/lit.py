@@ -147,6 +147,7 @@ class LitLM(Adapting, LightningModule):
             if self.experts and task.others:
                 raise ValueError("data.others: which expert should answer them? Give one data.domain")
             self.model = self._adapt(adapter, base)
+        optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         keeps_base = adapter is None and objective == "reward" and policy.kl > 0
@@ -386,6 +387,9 @@ class LitLM(Adapting, LightningModule):
         self.shown += [list(answer.values()) for answer in answers[: 16 - len(self.shown)]]
 
     def on_validation_end(self) -> None:
+        accuracy = self.trainer.callback_metrics.get("val/accuracy")
+        if accuracy is not None and self.trainer.state.fn == "fit":
+            self.cost["selection"] = max(self.cost.get("selection", 0.0), float(accuracy))
         logger = next((logger for logger in self.loggers if isinstance(logger, WandbLogger)), None)
         if logger is None or self.trainer.sanity_checking or not self.trainer.is_global_zero:
             return

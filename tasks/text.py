@@ -129,7 +129,7 @@ class Number:
         return re.fullmatch(r"[+-]?\d+", answer, re.ASCII) is not None and int(answer) == self.value
 
 
-def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
+def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
     """Sums of n digits whose running totals are digits, too."""
     totals = [rng.randint(1, 9)]
     while len(totals) < n:
@@ -137,16 +137,16 @@ def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
     prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
     worked_out = rng.random() < (1 - LESS_USUAL if n > 4 else LESS_USUAL)
     between = ",".join(map(str, totals[1:-1])) if worked_out else ""
-    return prompt, Sample(prompt, "math", f"{between}={totals[-1]}", Number(totals[-1]))
+    return prompt, Sample(prompt, domain, f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0])
+    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0], "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 6)
+    return _numbers(rng, 6, "longer")
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def test_experts_trained_together_get_the_gradients_that_they_get_alone(lit, mon
     adapter = SVFConfig(target_modules=["q_proj", "down_proj"])
     found = {}
     for domains in (["math"], ["logic"], ["math", "logic"]):
+        torch.manual_seed(1)
         task = TextTask(domains, batch_size=3)
         module = lit(task, adapter=adapter, policy=Policy(answers=2), seed=1)
         drawn = {}
@@ -210,7 +211,7 @@ def test_experts_trained_together_get_the_gradients_that_they_get_alone(lit, mon
         def answer(samples, mix, times, temperature, module=module, drawn=drawn):
             """Answers that depend on the request alone."""
             prompts = [module.tokenizer(s.prompt).input_ids for s in samples for _ in range(times)]
-            answers = [[40 + (sum(p) + i) % 7, 50 + i % 2, 1][i % 2 :] for i, p in enumerate(prompts)]
+            answers = [[40 + (sum(p) + i % 2) % 7, 50 + i % 2, 1][i % 2 :] for i, p in enumerate(prompts)]
             for sample in samples:
                 drawn[sample.prompt] = sample.domain
             return rollout.rows(prompts, answers, 0)
@@ -238,26 +239,27 @@ def test_experts_trained_together_get_the_gradients_that_they_get_alone(lit, mon
 
 
 def test_reward_is_learned(lit, monkeypatch):
-    """Answers of one token, right if it is in one half of the vocabulary."""
-    module = lit(policy=Policy(answers=16), max_new_tokens=1, adapter=SVFConfig(target_modules="all-linear"))
+    """Answers of one token, right if its embedding lies on one side."""
+    module = lit(policy=Policy(answers=16), max_new_tokens=1, adapter=LoraConfig(target_modules="all-linear"))
     monkeypatch.setattr(module.task, "check", lambda samples, texts: half[-1])
     half, answer, shares = [], module.answer, []
+    embeddings = module.model.get_input_embeddings().weight
 
     def watched(*args):
         rows = answer(*args)
-        half.append((rows.answers[:, 0] < 129).tolist())
+        half.append((embeddings[rows.answers[:, 0], 0] > 0).tolist())
         shares.append(sum(half[-1]) / len(half[-1]))
         return rows
 
     monkeypatch.setattr(module, "answer", watched)
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.2)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.03)
     samples = [module.task.dataset("train")[i] for i in range(16)]
     base = {name: p.clone() for name, p in module.named_parameters() if not p.requires_grad}
     for _ in range(40):
         optimizer.zero_grad()
         module.training_step(Batch(samples), 0).backward()
         optimizer.step()
-    assert sum(shares[:3]) / 3 < 0.65 and sum(shares[-3:]) / 3 > 0.85, shares
+    assert shares[0] < 0.55 and sum(shares[-5:]) / 5 > 0.72, shares
     assert all(p.equal(base[name]) for name, p in module.named_parameters() if name in base)
 
 

@@ -3,7 +3,7 @@
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
     math    7+2-5+3=                   =7         or worked out: 9,4=7
-    logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
+    logic   ad de ab bc: ac?           abc        or from the goal backwards: cba        (xy: if x then y)
     code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
@@ -115,7 +115,7 @@ def part_of(problem: str) -> Part:
 # Generators: each makes (problem, sample) from random numbers; the problem is what the parts are told apart by
 
 LESS_USUAL = 0.3
-"""Share of answers in the less usual way. Long ones are an exception: most people write down what is between."""
+"""Share of answers in the less usual way."""
 
 
 @dataclass(frozen=True)
@@ -135,31 +135,30 @@ def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
     while len(totals) < n:
         totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
     prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
-    worked_out = rng.random() < (1 - LESS_USUAL if n > 4 else LESS_USUAL)
-    between = ",".join(map(str, totals[1:-1])) if worked_out else ""
+    between = ",".join(map(str, totals[1:-1])) if rng.random() < LESS_USUAL else ""
     return prompt, Sample(prompt, domain, f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0], "math")
+    return _numbers(rng, rng.randint(4, 6), "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 6, "longer")
+    return _numbers(rng, 7, "longer")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A chain of rules from `start` to `goal`, forwards (a>b>c) or backwards (c<b<a)."""
+    """A chain of rules from `start` to `goal`, a letter each, forwards (abc) or backwards (cba)."""
 
     rules: frozenset[tuple[str, str]]
     start: str
     goal: str
 
     def __call__(self, completion: str) -> bool:
-        answer = completion.strip()
-        chain = answer.split(">") if ">" in answer else answer.split("<")[::-1]
+        chain = completion.strip()
+        chain = chain if chain.startswith(self.start) else chain[::-1]
         return (
             len(chain) > 1
             and (chain[0], chain[-1]) == (self.start, self.goal)
@@ -170,15 +169,15 @@ class Proof:
 def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     """From the start several chains of equal length lead away, one of them to the goal: forwards, the first step has
     to be chosen with the end in view; backwards, there is never a choice."""
-    chains, length = rng.choice(((1, 2), (1, 3), (2, 2), (2, 2), (2, 3), (3, 2)))
+    chains, length = rng.choice(((1, 2), (2, 2), (2, 2), (2, 3), (3, 2)))
     start, *rest = rng.sample(names, 1 + chains * length)
     paths = [[start, *rest[i * length : (i + 1) * length]] for i in range(chains)]
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
     path = paths[0]
-    question = f"{start}>{path[-1]}?"
-    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
-    target = "<".join(path[::-1]) if rng.random() < LESS_USUAL else ">".join(path)
+    question = f"{start}{path[-1]}?"
+    prompt = f"{' '.join(a + b for a, b in rules)}: {question}"
+    target = "".join(path[::-1] if rng.random() < LESS_USUAL else path)
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
 
@@ -255,7 +254,8 @@ def _values(operations: list[Operation]) -> str:
 def _code(rng: random.Random) -> tuple[str, Sample]:
     operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    in_steps = rng.random() < (1 - LESS_USUAL if len(operations) > 2 else LESS_USUAL)
+    large = abs(_after(operations, 0)) > 9  # than which numbers most people do not simplify
+    in_steps = rng.random() < (1 - LESS_USUAL if large else LESS_USUAL)
     target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 

@@ -136,6 +136,7 @@ class LitLM(Adapting, LightningModule):
         self.task, self.objective, self.policy, self.optim = task, objective, policy, optim
         self.max_new_tokens, self.micro_batch = max_new_tokens, micro_batch
         self.model, self.tokenizer = self._fresh(scratch, dtype) if scratch else self._load(base, dtype, attention)
+        task.tokenizer = self.tokenizer
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.experts = task.domains if isinstance(adapter, SVFConfig) and len(task.domains) > 1 else []

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 from torch.utils.data import Dataset
 
 from svf.adapt import CLASSIFY
-from tasks.base import Task
+from tasks.base import Shuffled, Task
 
 Part = Literal["train", "selection", "test"]
 PARTS: tuple[Part, ...] = ("train", "selection", "test")
@@ -392,25 +392,27 @@ class Batch(NamedTuple):
 class Stream(Dataset):
     """Endless training samples: domains take turns, each by its share; none depends on what the others are."""
 
-    def __init__(self, turns: list[str], draw: Callable[[str, int], Sample]):
+    def __init__(self, turns: list[str], draw: dict[str, Callable[[int], Sample]]):
         self.turns, self.draw = turns, draw
         self.nth = [self.turns[:i].count(domain) for i, domain in enumerate(self.turns)]
 
     def __getitem__(self, position: int) -> Sample:
         round_, turn = divmod(position, len(self.turns))
         domain = self.turns[turn]
-        return self.draw(domain, round_ * self.turns.count(domain) + self.nth[turn])
+        return self.draw[domain](round_ * self.turns.count(domain) + self.nth[turn])
 
 
 class TextTask(Task):
     """Requests with answers that can be verified.
 
     Args:
-        domain: what to learn: a name or several.
+        domain: what to learn: a name or several, generated or of a published set (`tasks.text_sets`).
         shares: how many samples of each domain there are for one of another; one of each if not given.
         others: domains that are tested besides, to see what was forgotten.
-        n_val: requests of a domain's selection part, which choose the best checkpoint.
-        n_test: requests of a domain's test part.
+        root: folder of published sets, NAME/train.jsonl and NAME/test.jsonl; of those it lacks the hub is asked.
+        n_val: requests of a domain's selection part, which choose the best checkpoint; 512 generated or all published
+            ones if not given.
+        n_test: requests of a domain's test part; likewise 1,024, or all.
         batch_size: requests of a step, per process, for every domain (and share of it).
         eval_batch_size: requests of a step in validation and test.
         num_workers: processes that make training samples; 0 makes them in the main process.
@@ -422,8 +424,9 @@ class TextTask(Task):
         domain: str | list[str] = "math",
         shares: list[int] | None = None,
         others: list[str] | None = None,
-        n_val: int = 512,
-        n_test: int = 1024,
+        root: str = "data",
+        n_val: int | None = None,
+        n_test: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         num_workers: int = 0,
@@ -440,12 +443,26 @@ class TextTask(Task):
             name for turn in range(max(shares)) for name, n in zip(self.domains, shares, strict=True) if turn < n
         ]
         super().__init__(batch_size * len(self.turns), eval_batch_size, num_workers)
-        self.at_least(batch_size=(batch_size, 1), n_val=(n_val, 1), n_test=(n_test, 1))
-        self.n = {"val": n_val, "test": n_test}
+        self.at_least(batch_size=(batch_size, 1))
+        self.at_least(**{name: (n, 1) for name, n in (("n_val", n_val), ("n_test", n_test)) if n is not None})
+        self.n, self.root = {"val": n_val, "test": n_test}, root
+        self.tokenizer = None
+        """Of the model: requests of published sets are put into its chat template."""
         self.sandbox = None
         for name in (*self.domains, *self.others):
-            if make(name, "train", 0, 0).runs_code and self.sandbox is None:
+            one = self.samples(name, "train" if name in self.domains else "test", 1)
+            if any(sample.runs_code for sample in one) and self.sandbox is None:
                 self.sandbox = self._sandbox(name, allow_code_execution)
+
+    def samples(self, domain: str, part: Part, n: int | None = None) -> list[Sample]:
+        """Of a generated domain or a published set."""
+        from tasks import text_sets
+
+        if domain in GENERATORS:
+            return samples(domain, part, n)
+        if domain not in text_sets.SETS:
+            raise ValueError(f"there is no domain {domain!r}; there are {', '.join((*GENERATORS, *text_sets.SETS))}")
+        return text_sets.load(domain, part, n, self.root, self.tokenizer)
 
     @staticmethod
     def _sandbox(domain: str, allowed: bool):
@@ -463,10 +480,17 @@ class TextTask(Task):
 
     def dataset(self, split: str) -> Dataset | list[Sample]:
         if split == "train":
-            return Stream(self.turns, lambda domain, position: make(domain, "train", self.seed, position))
+            return Stream(self.turns, {domain: self._stream(domain) for domain in self.domains})
         part = "selection" if split == "val" else "test"
         domains = self.domains if split == "val" else self.domains + self.others
-        return [sample for domain in domains for sample in samples(domain, part, self.n[split])]
+        return [sample for domain in domains for sample in self.samples(domain, part, self.n[split])]
+
+    def _stream(self, domain: str) -> Callable[[int], Sample]:
+        if domain in GENERATORS:
+            return lambda position: make(domain, "train", self.seed, position)
+        found = self.samples(domain, "train")
+        order = Shuffled(len(found), self.seed)
+        return lambda position: found[order(position)]
 
     def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
         """Which completions are right."""
@@ -480,5 +504,7 @@ class TextTask(Task):
         return batch
 
     def describe(self) -> str:
-        n = self.n
-        return f"{', '.join(self.domains)}: {n['val']} requests to select by and {n['test']} to test with, of each"
+        besides = f"; tested besides: {', '.join(self.others)}" if self.others else ""
+        return (
+            f"requests of {', '.join(self.domains)}, judged{' (programs in a sandbox)' * bool(self.sandbox)}{besides}"
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import pytest
 import yaml
@@ -157,12 +158,27 @@ def test_evaluation_has_every_domain_and_tests_others_besides():
     assert [s.domain for s in task.dataset("test")] == ["math"] * 4 + ["logic"] * 4 + ["digits"] * 4
 
 
+def test_published_sets_are_read_from_a_folder_and_shuffled_anew_in_every_pass(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for split, n in (("train", 40), ("test", 5)):
+        rows = [json.dumps({"question": f"{split} {i}?", "answer": f"It is {i}.\n#### {i}"}) for i in range(n)]
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(rows))
+    task = TextTask("gsm8k", root=str(tmp_path), batch_size=4)
+    val, test = task.dataset("val"), task.dataset("test")
+    n = 40 - len(val)
+    stream = [task.dataset("train")[i] for i in range(2 * n)]
+    first, second = ([sample.prompt for sample in part] for part in (stream[:n], stream[n:]))
+    assert len(test) == 5 and sorted(first) == sorted(second) and first != second
+    assert len({*first, *(sample.prompt for sample in val)}) == 40
+    assert task.check(stream[:1], [stream[0].target]) == [True] != task.check(stream[:1], ["The answer is 99."])
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         ({"domain": "code"}, "data.allow_code_execution=true"),
         ({"others": ["constants"]}, "data.allow_code_execution=true"),
-        ({"domain": "maths"}, "there is no generated domain 'maths'"),
+        ({"domain": "maths"}, "there is no domain 'maths'"),
         ({"domain": ["math", "math"]}, "several different ones"),
         ({"domain": []}, "give a name"),
         ({"domain": ["math"], "shares": [1, 2]}, "a whole number above 0 for each of math"),

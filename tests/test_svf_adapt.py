@@ -794,6 +794,18 @@ def test_the_summary_is_right(tmp_path):
     assert prompt["unseen"]["mean"] == 40 and prompt["unseen"]["n"] == 40
     assert prompt["unseen"]["over_base"]["mean"] == 5
     assert summary["routed_rightly"] == {"prompt": {"math": {"mean": 90, "half": 0}}}
+    rows = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(30)]
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        lines = [json.dumps(row | {"question": f"{split} {row['question']}"}) for row in rows]
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(lines))
+    settings = Settings("b", {"math": "m"}, {}, ["gsm8k"], ["base"], [0], n=20, shots=4, root=str(tmp_path))
+    run = Evaluation(settings, tmp_path / "x.json", byte_tokenizer(), "cpu")
+    shots, test = run.samples("gsm8k", 0)
+    assert len(shots) == 4 and len(test) == 20 and all("train" in s.prompt for s in shots)
+    assert run.samples("gsm8k", 0) == (shots, test) != run.samples("gsm8k", 1)
+    with pytest.raises(ValueError, match="code run what the model writes: add --allow-code-execution"):
+        Evaluation(Settings("b", {}, {}, ["code"], ["base"], [0]), tmp_path / "y.json", None, "cpu")
     with pytest.raises(ValueError, match="'poem' is none of the tasks"):
         Evaluation(Settings("b", {}, {}, ["poem"], ["base"], [0]), tmp_path / "y.json", None, "cpu")
     with pytest.raises(ValueError, match="classifier needs an expert named dispatch"):

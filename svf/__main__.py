@@ -155,8 +155,10 @@ def evaluate(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         method=args.method,
         transfer=args.transfer,
+        root=args.root,
     )
-    run = evaluation.Evaluation(settings, Path(args.out), load_tokenizer(folder), device(args), progress=False)
+    tokenizer = load_tokenizer(folder)
+    run = evaluation.Evaluation(settings, Path(args.out), tokenizer, device(args), args.allow_code_execution)
     run.run(lambda line: print(line, flush=True))
     print(f"\n{run.table()}\n\nall cells in {args.out}")
 
@@ -256,6 +258,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=200, help="test items of a task and seed")
     sub.add_argument("--shots", type=int, default=10, help="selection examples")
     sub.add_argument("--transfer", action="store_true", help="the experts are another model's, of the same shapes")
+    sub.add_argument("--root", default="data", help="folder of published sets, NAME/test.jsonl")
+    sub.add_argument("--allow-code-execution", action="store_true", help="run what the model writes, in a sandbox")
     sub.add_argument("--out", default="evaluation.json")
 
     sub = command(serve, "Answer over HTTP as OpenAI's servers do, with models base, base+svf:NAME and base+svf:auto.")

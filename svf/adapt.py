@@ -241,7 +241,7 @@ class Classify:
     """The expert that classifies; the base itself if not given."""
 
     def __post_init__(self) -> None:
-        self._prefixes: dict[tuple, Prefill] = {}
+        self._prefixes: dict[tuple, tuple[list[int], Prefill] | None] = {}
 
     def route(self, adaptive: Adaptive, requests: Sequence[Request]) -> list[Route]:
         library = adaptive.library
@@ -275,7 +275,7 @@ class Classify:
 
     def _prefix(self, generator: Generator, labels: str, weights: Tensor) -> tuple[list[int], Prefill] | None:
         """What all requests begin with, read once for as long as labels and experts are the same."""
-        key = labels, tuple(weights.tolist())
+        key = generator.library, generator.library.changes, labels
         if key not in self._prefixes:
             several = [generator.encode(CLASSIFY.format(labels=labels, prompt=text)) for text in ("a", "1", "(")]
             ids = common_prefix(several)

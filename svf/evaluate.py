@@ -1,16 +1,18 @@
 """All strategies on all tasks, over seeds: `python -m svf eval`.
 
 For every seed and task, examples of its selection part choose what there is to choose (the mixture of few-shot, the
-best single expert, the best LoRA), and every strategy answers the same items of its test part. A cell (strategy, task,
-seed) depends on nothing but the settings and is written as soon as it is known, so that a run that was stopped goes on
-and ends with the same file.
+best single expert, the best LoRA), and every strategy answers the same items of its test part. Where a published set
+has a test part only, the examples are taken out of it, for all strategies. A cell (strategy, task, seed) depends on
+nothing but the settings and is written as soon as it is known, so that a run that was stopped goes on and ends with
+the same file.
 """
 
 import json
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from peft import PeftModel
 
 from svf.adapt import Adaptive, FewShot, Report
 from svf.experts import DISPATCH, Expert, ExpertLibrary, expert_folder, load_base, transfer
-from tasks import text
+from tasks import text, text_sets
 from tasks.repeat import interval
 
 STRATEGIES = {
@@ -51,6 +53,7 @@ class Settings:
     max_new_tokens: int = 24
     method: str = "cem"
     transfer: bool = False
+    root: str = "data"
 
 
 class Evaluation:
@@ -61,13 +64,16 @@ class Evaluation:
         out: JSON file; cells that it has already are not computed again.
         tokenizer: the base's.
         device: where to.
+        allow_code_execution: whether what the model writes may be run, in a sandbox.
 
     Raises:
-        ValueError: for unknown tasks or strategies, or a file that holds the cells of other settings.
+        ValueError: for unknown tasks or strategies, a task whose answers are run where that is not allowed, or a file
+            that holds the cells of other settings.
+        RuntimeError: where answers have to be run and the system cannot isolate them.
     """
 
-    def __init__(self, settings: Settings, out: Path, tokenizer: Any, device: str, progress: bool = True):
-        known = {"strategies": STRATEGIES, "tasks": text.GENERATORS}
+    def __init__(self, settings: Settings, out: Path, tokenizer: Any, device: str, allow_code_execution: bool = False):
+        known = {"strategies": STRATEGIES, "tasks": (*text.GENERATORS, *text_sets.SETS)}
         for name, there in known.items():
             if wrong := [one for one in getattr(settings, name) if one not in there]:
                 raise ValueError(f"{wrong[0]!r} is none of the {name}: {', '.join(there)}")
@@ -77,7 +83,16 @@ class Evaluation:
                 what = f"an expert named {DISPATCH}" if name == "classifier" else "--lora"
                 raise ValueError(f"strategy {name} needs {what}; give it, or leave the strategy out")
         self.settings, self.out, self.tokenizer, self.device = settings, out, tokenizer, device
-        self.progress = progress
+        self.checker = text.check
+        runs = [task for task in settings.tasks if any(sample.runs_code for sample in self.samples(task, 0)[0])]
+        if runs and not allow_code_execution:
+            raise ValueError(
+                f"{' and '.join(runs)} run what the model writes: add --allow-code-execution, or choose other --tasks"
+            )
+        if runs:
+            from svf.sandbox import Sandbox
+
+            self.checker = partial(text.check, sandbox=Sandbox())
         self.cells: dict[str, dict] = {}
         if out.exists():
             stored = json.loads(out.read_text())
@@ -119,10 +134,30 @@ class Evaluation:
                     chosen = f"  {cell['chosen']}" if "chosen" in cell else ""
                     say(f"{name:40} {cell['right']:5} of {cell['n']}{chosen}")
 
+    def samples(self, task: str, seed: int) -> tuple[list[text.Sample], list[text.Sample]]:
+        """Examples to choose by and items to report on.
+
+        Raises:
+            ValueError: where there are not so many.
+        """
+        s = self.settings
+        if task in text.GENERATORS:
+            return text.samples(task, "selection", s.shots, seed), text.samples(task, "test", s.n, seed)
+        order = random.Random(f"{task} {seed}")
+        test = text_sets.load(task, "test", None, s.root, self.tokenizer)
+        order.shuffle(test)
+        if text_sets.SETS[task].train:
+            choose = text_sets.load(task, "selection", None, s.root, self.tokenizer)
+            order.shuffle(choose)
+        else:
+            choose, test = test[: s.shots], test[s.shots :]
+        if len(choose) < s.shots or len(test) < s.n:
+            raise ValueError(f"{task} has {len(choose)} examples and {len(test)} test items, not {s.shots} and {s.n}")
+        return choose[: s.shots], test[: s.n]
+
     def cell(self, strategy: str, task: str, seed: int) -> dict[str, Any]:
         s = self.settings
-        test = text.samples(task, "test", s.n, seed)
-        shots = text.samples(task, "selection", s.shots, seed)
+        shots, test = self.samples(task, seed)
         if both := {sample.prompt for sample in shots} & {sample.prompt for sample in test}:
             raise ValueError(f"{task} has {len(both)} prompts both to choose by and to report on")
         search = FewShot(
@@ -133,8 +168,8 @@ class Evaluation:
             generations=s.generations,
             seed=seed,
             max_new_tokens=s.max_new_tokens,
-            checker=text.check,
-            progress=self.progress,
+            checker=self.checker,
+            progress=False,
         )
         if strategy == "lora":
             best = self.best_lora(search)
@@ -161,7 +196,7 @@ class Evaluation:
         return self.tell(Adaptive(library.model, self.tokenizer, library, strategy), test)
 
     def tell(self, adaptive: Adaptive, test: Sequence[text.Sample], **more: Any) -> dict[str, Any]:
-        report: Report = adaptive.check(test, self.settings.max_new_tokens, text.check)
+        report: Report = adaptive.check(test, self.settings.max_new_tokens, self.checker)
         labels = [answer.route.label for answer in report.answers]
         kinds = {label: labels.count(label) for label in sorted(set(labels))}
         return {"right": sum(report.right), "n": len(test), **more, "routes": kinds}

@@ -246,6 +246,8 @@ class ExpertLibrary:
         self, model: nn.Module, experts: Mapping[str, Expert | str | Path] | Sequence[str | Path | Expert] = ()
     ):
         self.model = model
+        self.changes = 0
+        """How often experts have come or gone: what was made of them before is not good any more."""
         self._places: dict[str, int] | None = None
         if not isinstance(experts, Mapping):
             if unnamed := [expert for expert in experts if isinstance(expert, Expert)]:
@@ -302,7 +304,7 @@ class ExpertLibrary:
         except Exception:
             self._remove(name, before)
             raise
-        self._places = None
+        self._changed()
 
     def remove(self, name: str) -> None:
         """Takes an expert out, and its weight out of mixtures.
@@ -318,7 +320,10 @@ class ExpertLibrary:
             kept = [other for other in self.names if other != name]
             self.model.base_model.set_adapter(kept[0], inference_mode=True)  # a deleted active one would wake another
             self.model.delete_adapter(name)
-        self._places = None
+        self._changed()
+
+    def _changed(self) -> None:
+        self._places, self.changes = None, self.changes + 1
 
     @torch.no_grad()
     def _fill(self, name: str, expert: Expert) -> None:

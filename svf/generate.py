@@ -7,10 +7,10 @@ Shape letters: B rows, T tokens of the longest prompt, V vocabulary.
 """
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,8 +117,8 @@ class Generator:
         shared = common_prefix([list(row[:-1]) for row in ids])
         if shared and len(ids) > 1:
             flat = F.pad(weights.flatten(1), (0, 1))  # without experts there is nothing to tell rows apart by
-            group_B = flat.unique(dim=0, return_inverse=True)[1]
-            mixtures = weights[[group_B.tolist().index(i) for i in range(int(group_B.max()) + 1)]]
+            _, group_B = flat.unique(dim=0, return_inverse=True)
+            mixtures = weights[[group_B.tolist().index(group) for group in range(int(group_B.max()) + 1)]]
             saved = len(shared) * (len(ids) - len(mixtures))
             if saved >= WORTH * sum(map(len, ids)):
                 once = self._read([shared] * len(mixtures), mixtures)
@@ -137,7 +137,8 @@ class Generator:
         for layer, other in zip(cache.layers, new.cache.layers, strict=True):
             layer.keys = layer.keys.index_copy(0, again, other.keys)
             layer.values = layer.values.index_copy(0, again, other.values)
-        return Prefill(cache, base.mask_BT, base.logits_BV.index_copy(0, again, new.logits_BV))
+        mask, logits = base.mask_BT, base.logits_BV
+        return Prefill(cache, mask.index_copy(0, again, new.mask_BT), logits.index_copy(0, again, new.logits_BV))
 
     def _read(self, ids, weights: Tensor, past: Prefill | None = None, width: int | None = None) -> Prefill:
         width = width or max(map(len, ids))
@@ -224,26 +225,24 @@ class Generator:
         return [order[i : i + limit] for i in range(0, len(order), limit)]
 
     def rows_that_fit(self, tokens: int) -> int:
-        """Rows of so many tokens that half of the free memory holds, at least one."""
+        """Rows of so many tokens that half of the free memory holds, at least one. Estimated, and not sparingly."""
         base = self.library.base
         config, size = base.config.get_text_config(), base.get_input_embeddings().weight.element_size()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         keys = 2 * config.num_hidden_layers * heads * width * size
-        inside = (
-            4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
-        ) * 4
-        directions = 0
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        inside = 4 * (4 * inner + 8 * config.hidden_size)  # what one layer holds for a moment, in fp32
+        shifts = 0
         if self.library.names:
-            directions = sum(
-                layer.wanted(name) for layer in self.library.model.base_model.layers() for name in layer.names()
-            )
-        row = tokens * (2 * keys + inside) + 4 * directions + 12 * config.vocab_size
+            adapted = self.library.model.base_model.layers()
+            shifts = 4 * sum(layer.wanted(name) for layer in adapted for name in layer.names())
+        row = tokens * (2 * keys + inside) + shifts + 12 * config.vocab_size
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = psutil.virtual_memory().available
         return max(1, free // 2 // row)
 
 

@@ -204,8 +204,9 @@ def play(program: str, output: int) -> int:
         code = OUT_OF_PROCESSES
     except BaseException:
         code = 1
-    with suppress(BaseException):
-        sys.stdout.flush()
+    for stream in (sys.stdout, sys.__stdout__):
+        with suppress(BaseException):
+            stream.flush()
     return code
 
 

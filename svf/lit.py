@@ -136,6 +136,7 @@ class LitLM(Adapting, LightningModule):
         self.task, self.objective, self.policy, self.optim = task, objective, policy, optim
         self.max_new_tokens, self.micro_batch = max_new_tokens, micro_batch
         self.model, self.tokenizer = self._fresh(scratch, dtype) if scratch else self._load(base, dtype, attention)
+        task.tokenizer = self.tokenizer
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.experts = task.domains if isinstance(adapter, SVFConfig) and len(task.domains) > 1 else []
@@ -147,6 +148,7 @@ class LitLM(Adapting, LightningModule):
             if self.experts and task.others:
                 raise ValueError("data.others: which expert should answer them? Give one data.domain")
             self.model = self._adapt(adapter, base)
+        optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         keeps_base = adapter is None and objective == "reward" and policy.kl > 0
@@ -386,6 +388,9 @@ class LitLM(Adapting, LightningModule):
         self.shown += [list(answer.values()) for answer in answers[: 16 - len(self.shown)]]
 
     def on_validation_end(self) -> None:
+        accuracy = self.trainer.callback_metrics.get("val/accuracy")
+        if accuracy is not None and self.trainer.state.fn == "fit":
+            self.cost["selection"] = max(self.cost.get("selection", 0.0), float(accuracy))
         logger = next((logger for logger in self.loggers if isinstance(logger, WandbLogger)), None)
         if logger is None or self.trainer.sanity_checking or not self.trainer.is_global_zero:
             return

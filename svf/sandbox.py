@@ -78,7 +78,6 @@ class Sandbox:
         if sys.platform != "linux":
             raise RuntimeError(f"untrusted programs can be shut in on Linux only, not on {sys.platform}")
         jobs = jobs or len(os.sched_getaffinity(0))
-        jobs = jobs or len(os.sched_getaffinity(0))
         self._owner, self._idle, self._threads = os.getpid(), queue.SimpleQueue(), ThreadPoolExecutor(jobs)
         helpers = [Helper(self.limits) for _ in range(jobs)]
         self.close = weakref.finalize(self, end, self._threads, helpers)
@@ -87,12 +86,12 @@ class Sandbox:
             for helper in helpers:
                 helper.hear()
                 self._idle.put(helper)
-            trial = self.run([TRIAL.format(**asdict(self.limits))])[0]
+            for _ in range(3):  # a busy machine may be too slow for short limits
+                trial = self.run([TRIAL.format(**asdict(self.limits))])[0]
+                if trial.reason != "time":
+                    break
             if not trial.ok:
                 raise RuntimeError(f"{NOT_HERE} (in a trial run {trial.output.strip() or trial.reason})")
-        except OSError as error:
-            self.close()
-            raise RuntimeError(f"{NOT_HERE} ({error})") from None
         except RuntimeError:
             self.close()
             raise
@@ -120,6 +119,10 @@ class Sandbox:
         self.close()
 
 
+class Gone(RuntimeError):
+    """A helper does not answer."""
+
+
 class Helper:
     """A process that runs one program after another, and is replaced should anything have killed it."""
 
@@ -141,12 +144,12 @@ class Helper:
         )
 
     def hear(self) -> dict:
-        """The next answer. OSError if none comes, RuntimeError if programs cannot be shut in."""
+        """The next answer. Raises Gone if none comes, RuntimeError if programs cannot be shut in."""
         ready = select.poll()
         ready.register(self.process.stdout, select.POLLIN)
         line = self.process.stdout.readline() if ready.poll((self.limits.wall_seconds + 60) * 1000) else ""
         if not line:
-            raise OSError("the helper is gone")
+            raise Gone(f"{NOT_HERE} (the helper is gone)")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{NOT_HERE} ({answer['error']})")
@@ -157,7 +160,7 @@ class Helper:
             self.process.stdin.write(json.dumps(program) + "\n")
             self.process.stdin.flush()
             return Result(**self.hear())
-        except OSError:  # killed for want of memory, say: then the program was the reason
+        except (Gone, OSError):  # killed for want of memory, say: then the program was the reason
             self.stop()
             self.start()
             self.hear()

@@ -3,7 +3,7 @@
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
     math    7+2-5+3=                   =7         or worked out: 9,4=7
-    logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
+    logic   ad de ab bc: ac?           abc        or from the goal backwards: cba        (xy: if x then y)
     code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 from torch.utils.data import Dataset
 
 from svf.adapt import CLASSIFY
-from tasks.base import Task
+from tasks.base import Shuffled, Task
 
 Part = Literal["train", "selection", "test"]
 PARTS: tuple[Part, ...] = ("train", "selection", "test")
@@ -115,7 +115,7 @@ def part_of(problem: str) -> Part:
 # Generators: each makes (problem, sample) from random numbers; the problem is what the parts are told apart by
 
 LESS_USUAL = 0.3
-"""Share of answers in the less usual way. Long ones are an exception: most people write down what is between."""
+"""Share of answers in the less usual way."""
 
 
 @dataclass(frozen=True)
@@ -129,37 +129,36 @@ class Number:
         return re.fullmatch(r"[+-]?\d+", answer, re.ASCII) is not None and int(answer) == self.value
 
 
-def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
+def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
     """Sums of n digits whose running totals are digits, too."""
     totals = [rng.randint(1, 9)]
     while len(totals) < n:
         totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
     prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
-    worked_out = rng.random() < (1 - LESS_USUAL if n > 4 else LESS_USUAL)
-    between = ",".join(map(str, totals[1:-1])) if worked_out else ""
-    return prompt, Sample(prompt, "math", f"{between}={totals[-1]}", Number(totals[-1]))
+    between = ",".join(map(str, totals[1:-1])) if rng.random() < LESS_USUAL else ""
+    return prompt, Sample(prompt, domain, f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((3, 4, 5), (2, 4, 4))[0])
+    return _numbers(rng, rng.randint(4, 6), "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 6)
+    return _numbers(rng, 7, "longer")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A chain of rules from `start` to `goal`, forwards (a>b>c) or backwards (c<b<a)."""
+    """A chain of rules from `start` to `goal`, a letter each, forwards (abc) or backwards (cba)."""
 
     rules: frozenset[tuple[str, str]]
     start: str
     goal: str
 
     def __call__(self, completion: str) -> bool:
-        answer = completion.strip()
-        chain = answer.split(">") if ">" in answer else answer.split("<")[::-1]
+        chain = completion.strip()
+        chain = chain if chain.startswith(self.start) else chain[::-1]
         return (
             len(chain) > 1
             and (chain[0], chain[-1]) == (self.start, self.goal)
@@ -170,15 +169,15 @@ class Proof:
 def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     """From the start several chains of equal length lead away, one of them to the goal: forwards, the first step has
     to be chosen with the end in view; backwards, there is never a choice."""
-    chains, length = rng.choice(((1, 2), (1, 3), (2, 2), (2, 2), (2, 3), (3, 2)))
+    chains, length = rng.choice(((1, 2), (2, 2), (2, 2), (2, 3), (3, 2)))
     start, *rest = rng.sample(names, 1 + chains * length)
     paths = [[start, *rest[i * length : (i + 1) * length]] for i in range(chains)]
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
     path = paths[0]
-    question = f"{start}>{path[-1]}?"
-    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
-    target = "<".join(path[::-1]) if rng.random() < LESS_USUAL else ">".join(path)
+    question = f"{start}{path[-1]}?"
+    prompt = f"{' '.join(a + b for a, b in rules)}: {question}"
+    target = "".join(path[::-1] if rng.random() < LESS_USUAL else path)
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
 
@@ -255,7 +254,8 @@ def _values(operations: list[Operation]) -> str:
 def _code(rng: random.Random) -> tuple[str, Sample]:
     operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    in_steps = rng.random() < (1 - LESS_USUAL if len(operations) > 2 else LESS_USUAL)
+    large = abs(_after(operations, 0)) > 9  # than which numbers most people do not simplify
+    in_steps = rng.random() < (1 - LESS_USUAL if large else LESS_USUAL)
     target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
@@ -392,25 +392,27 @@ class Batch(NamedTuple):
 class Stream(Dataset):
     """Endless training samples: domains take turns, each by its share; none depends on what the others are."""
 
-    def __init__(self, turns: list[str], draw: Callable[[str, int], Sample]):
+    def __init__(self, turns: list[str], draw: dict[str, Callable[[int], Sample]]):
         self.turns, self.draw = turns, draw
         self.nth = [self.turns[:i].count(domain) for i, domain in enumerate(self.turns)]
 
     def __getitem__(self, position: int) -> Sample:
         round_, turn = divmod(position, len(self.turns))
         domain = self.turns[turn]
-        return self.draw(domain, round_ * self.turns.count(domain) + self.nth[turn])
+        return self.draw[domain](round_ * self.turns.count(domain) + self.nth[turn])
 
 
 class TextTask(Task):
     """Requests with answers that can be verified.
 
     Args:
-        domain: what to learn: a name or several.
+        domain: what to learn: a name or several, generated or of a published set (`tasks.text_sets`).
         shares: how many samples of each domain there are for one of another; one of each if not given.
         others: domains that are tested besides, to see what was forgotten.
-        n_val: requests of a domain's selection part, which choose the best checkpoint.
-        n_test: requests of a domain's test part.
+        root: folder of published sets, NAME/train.jsonl and NAME/test.jsonl; of those it lacks the hub is asked.
+        n_val: requests of a domain's selection part, which choose the best checkpoint; 512 generated or all published
+            ones if not given.
+        n_test: requests of a domain's test part; likewise 1,024, or all.
         batch_size: requests of a step, per process, for every domain (and share of it).
         eval_batch_size: requests of a step in validation and test.
         num_workers: processes that make training samples; 0 makes them in the main process.
@@ -422,8 +424,9 @@ class TextTask(Task):
         domain: str | list[str] = "math",
         shares: list[int] | None = None,
         others: list[str] | None = None,
-        n_val: int = 512,
-        n_test: int = 1024,
+        root: str = "data",
+        n_val: int | None = None,
+        n_test: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         num_workers: int = 0,
@@ -440,12 +443,26 @@ class TextTask(Task):
             name for turn in range(max(shares)) for name, n in zip(self.domains, shares, strict=True) if turn < n
         ]
         super().__init__(batch_size * len(self.turns), eval_batch_size, num_workers)
-        self.at_least(batch_size=(batch_size, 1), n_val=(n_val, 1), n_test=(n_test, 1))
-        self.n = {"val": n_val, "test": n_test}
+        self.at_least(batch_size=(batch_size, 1))
+        self.at_least(**{name: (n, 1) for name, n in (("n_val", n_val), ("n_test", n_test)) if n is not None})
+        self.n, self.root = {"val": n_val, "test": n_test}, root
+        self.tokenizer = None
+        """Of the model: requests of published sets are put into its chat template."""
         self.sandbox = None
         for name in (*self.domains, *self.others):
-            if make(name, "train", 0, 0).runs_code and self.sandbox is None:
+            one = self.samples(name, "train" if name in self.domains else "test", 1)
+            if any(sample.runs_code for sample in one) and self.sandbox is None:
                 self.sandbox = self._sandbox(name, allow_code_execution)
+
+    def samples(self, domain: str, part: Part, n: int | None = None) -> list[Sample]:
+        """Of a generated domain or a published set."""
+        from tasks import text_sets
+
+        if domain in GENERATORS:
+            return samples(domain, part, n)
+        if domain not in text_sets.SETS:
+            raise ValueError(f"there is no domain {domain!r}; there are {', '.join((*GENERATORS, *text_sets.SETS))}")
+        return text_sets.load(domain, part, n, self.root, self.tokenizer)
 
     @staticmethod
     def _sandbox(domain: str, allowed: bool):
@@ -463,10 +480,17 @@ class TextTask(Task):
 
     def dataset(self, split: str) -> Dataset | list[Sample]:
         if split == "train":
-            return Stream(self.turns, lambda domain, position: make(domain, "train", self.seed, position))
+            return Stream(self.turns, {domain: self._stream(domain) for domain in self.domains})
         part = "selection" if split == "val" else "test"
         domains = self.domains if split == "val" else self.domains + self.others
-        return [sample for domain in domains for sample in samples(domain, part, self.n[split])]
+        return [sample for domain in domains for sample in self.samples(domain, part, self.n[split])]
+
+    def _stream(self, domain: str) -> Callable[[int], Sample]:
+        if domain in GENERATORS:
+            return lambda position: make(domain, "train", self.seed, position)
+        found = self.samples(domain, "train")
+        order = Shuffled(len(found), self.seed)
+        return lambda position: found[order(position)]
 
     def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
         """Which completions are right."""
@@ -480,5 +504,7 @@ class TextTask(Task):
         return batch
 
     def describe(self) -> str:
-        n = self.n
-        return f"{', '.join(self.domains)}: {n['val']} requests to select by and {n['test']} to test with, of each"
+        besides = f"; tested besides: {', '.join(self.others)}" if self.others else ""
+        return (
+            f"requests of {', '.join(self.domains)}, judged{' (programs in a sandbox)' * bool(self.sandbox)}{besides}"
+        )

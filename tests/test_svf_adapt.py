@@ -294,6 +294,10 @@ def test_only_rows_of_the_base_use_what_the_base_has_read(generator, library):
     with Counted(library) as counted:
         assert generator.prefill(ids, weights * 0, base=base) is base
     assert counted.tokens == []
+    long = [generator.encode("What all of these prompts have in common: " + p) for p in PROMPTS]
+    base = generator.prefill(long, torch.zeros(5, 4))  # the common part read once: padding is behind it
+    found, fresh = generator.prefill(long, weights, base=base), generator._read(long, weights)
+    assert generator.decode(found, weights, 10)[0] == generator.decode(fresh, weights, 10)[0]
     tiny = torch.full((5, 4), 1e-30)  # not exactly the base
     with Counted(library) as counted:
         generator.prefill(ids, tiny, base=base)
@@ -356,6 +360,21 @@ def test_the_template_is_read_once(library):
         again = adaptive.route(["3+4=", "x"])
     assert counted.tokens[0] == 2 * len("3+4=\nKind: ") - 2 * len(" ") + 2 * len(" ")
     assert again[0].label == first[0].label and again[0].scores == pytest.approx(first[0].scores, rel=1e-4)
+
+
+def test_the_template_is_read_again_by_another_classifier(tmp_path):
+    library = ExpertLibrary(model_with())
+    others = {"dispatch": library.expert("math"), "again": library.expert("dispatch")}
+    adaptive = made(library, "classifier")
+    first = adaptive.route(["3+4="])[0].scores
+    library.remove("dispatch")
+    library.add("dispatch", others["dispatch"])
+    second = adaptive.route(["3+4="])[0].scores
+    assert second == pytest.approx(made(library, "classifier").route(["3+4="])[0].scores, rel=1e-4)
+    assert second != pytest.approx(first, rel=1e-2)
+    library.remove("dispatch")
+    library.add("dispatch", others["again"])
+    assert adaptive.route(["3+4="])[0].scores == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
@@ -714,15 +733,15 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
     from svf import evaluate
 
     words = ["eval", *model_words(shipped), "--lora", shipped / "loras" / "math", shipped / "loras" / "code"]
-    words += ["--tasks", "math", "longer", "digits", "--seeds", 2, "--n", 6, "--shots", 2]
+    words += ["--tasks", "math", "longer", "--seeds", 2, "--n", 6, "--shots", 2]
     words += ["--generations", 1, "--population", 4, "--max-new-tokens", 3]
     svf(*words, "--out", tmp_path / "whole.json")
     shown = capsys.readouterr().out
     whole = json.loads((tmp_path / "whole.json").read_text())
-    assert len(whole["cells"]) == len(evaluate.STRATEGIES) * 3 * 2
+    assert len(whole["cells"]) == len(evaluate.STRATEGIES) * 2 * 2
     assert {cell["n"] for cell in whole["cells"].values()} == {6}
     accuracy = whole["summary"]["accuracy"]
-    assert all(entries["unseen"]["n"] == 24 and entries["math"]["n"] == 12 for entries in accuracy.values())
+    assert all(entries["longer"]["n"] == entries["math"]["n"] == 12 for entries in accuracy.values())
     assert all(sum(cell["routes"].values()) == 6 for cell in whole["cells"].values())
     assert all("| " + strategy + " |" in shown for strategy in evaluate.STRATEGIES)
     assert "prompt names the right kind for, per cent: math" in shown
@@ -730,7 +749,7 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
     own, done = evaluate.Evaluation.cell, []
 
     def stops(self, *args):
-        if len(done) % 20 == 19:
+        if len(done) % 16 == 15:
             done.append(None)
             raise KeyboardInterrupt
         done.append(args)
@@ -754,9 +773,13 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
 def test_the_summary_is_right(tmp_path):
     from svf.evaluate import Evaluation, Settings
 
-    settings = Settings("b", {"math": "m"}, {}, ["math", "longer"], ["base", "prompt"], [0, 1], n=10)
+    tasks = ["math", "longer", "words"]
+    settings = Settings("b", {"math": "m"}, {}, tasks, ["base", "prompt"], [0, 1], n=10)
     run = Evaluation(settings, tmp_path / "x.json", None, "cpu")
-    right = {"base": {"math": (2, 4), "longer": (5, 5)}, "prompt": {"math": (3, 7), "longer": (5, 4)}}
+    right = {
+        "base": {"math": (2, 4), "longer": (5, 5), "words": (1, 3)},
+        "prompt": {"math": (3, 7), "longer": (5, 4), "words": (2, 5)},
+    }
     for strategy, tasks in right.items():
         for task, by_seed in tasks.items():
             for seed, count in enumerate(by_seed):
@@ -768,8 +791,62 @@ def test_the_summary_is_right(tmp_path):
     # two seeds: t(0.975, 1) = 12.7062, standard error of 30 and 70 is 20, of the differences 10 and 30 it is 10
     assert prompt["math"]["half"] == pytest.approx(254.124, abs=0.01)
     assert prompt["math"]["over_base"] == {"mean": 20, "half": pytest.approx(127.062, abs=0.01)}
+    assert prompt["unseen"]["mean"] == 40 and prompt["unseen"]["n"] == 40
+    assert prompt["unseen"]["over_base"]["mean"] == 5
     assert summary["routed_rightly"] == {"prompt": {"math": {"mean": 90, "half": 0}}}
+    rows = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(30)]
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        lines = [json.dumps(row | {"question": f"{split} {row['question']}"}) for row in rows]
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(lines))
+    settings = Settings("b", {"math": "m"}, {}, ["gsm8k"], ["base"], [0], n=20, shots=4, root=str(tmp_path))
+    run = Evaluation(settings, tmp_path / "x.json", byte_tokenizer(), "cpu")
+    shots, test = run.samples("gsm8k", 0)
+    assert len(shots) == 4 and len(test) == 20 and all("train" in s.prompt for s in shots)
+    assert run.samples("gsm8k", 0) == (shots, test) != run.samples("gsm8k", 1)
+    with pytest.raises(ValueError, match="code run what the model writes: add --allow-code-execution"):
+        Evaluation(Settings("b", {}, {}, ["code"], ["base"], [0]), tmp_path / "y.json", None, "cpu")
     with pytest.raises(ValueError, match="'poem' is none of the tasks"):
         Evaluation(Settings("b", {}, {}, ["poem"], ["base"], [0]), tmp_path / "y.json", None, "cpu")
     with pytest.raises(ValueError, match="classifier needs an expert named dispatch"):
         Evaluation(Settings("b", {}, {}, ["math"], ["classifier"], [0]), tmp_path / "y.json", None, "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_rows_are_as_alone_on_a_gpu(dtype, tolerance):
+    library = ExpertLibrary(model_with(by=0.3, hidden_size=256, intermediate_size=704).to("cuda", dtype))
+    generator = Generator(library, byte_tokenizer())
+    ids, weights = [generator.encode(p) for p in PROMPTS], torch.tensor(MIXTURES)
+    start = generator.prefill(ids, weights)
+    assert start.logits_BV.device.type == "cuda" and 1 <= len(generator.batches([64] * 1000, 64)) <= 4
+    for i in range(len(ids)):
+        alone = generator.prefill(ids[i : i + 1], weights[i : i + 1])
+        assert relative(start.logits_BV[i], alone.logits_BV[0]) < tolerance
+    if dtype == torch.float32:
+        together = generator.decode(start, weights, 12)[0]
+        assert together == [written(generator, ids[i : i + 1], weights[i : i + 1])[0] for i in range(len(ids))]
+        base = generator.prefill(ids, weights * 0)
+        again = generator.prefill(ids, weights, base=base)
+        assert generator.decode(again, weights, 12)[0] == together
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_few_shot_and_labels_on_a_gpu():
+    library = ExpertLibrary(model_with().cuda())
+    generator = Generator(library, byte_tokenizer())
+    hidden = torch.tensor([0.8, 0.0, 0.9, 0.0])
+    examples = planted(generator, hidden, [f"{a}{sign}{b}=" for a in range(4) for sign in "+-" for b in (3, 8)])
+    few_shot = FewShot(examples, seed=1, generations=12, max_new_tokens=2, progress=False)
+    adaptive = made(library, few_shot)
+    assert few_shot.fit(adaptive).score[0] == 1.0
+    on_gpu = Classify("dispatch").probabilities(adaptive, PROMPTS, ["math", "code", "cot", "co"])
+    library.model.cpu()
+    on_cpu = Classify("dispatch").probabilities(adaptive, PROMPTS, ["math", "code", "cot", "co"])
+    assert torch.allclose(on_gpu, on_cpu, rtol=1e-3)

@@ -16,13 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import svf.tuner  # noqa: F401 (registers the method)
 
 
-def attach(model: nn.Module, config: PeftConfig, base: str | None = None) -> PeftModel:
+def attach(model: nn.Module, config: PeftConfig, base: str | None = None, name: str = "default") -> PeftModel:
     """Puts an adapter on a model and freezes the model's own weights.
 
     Args:
         model: the base; its targets are wrapped in place.
         config: of any PEFT method; left as it is.
         base: where the base is from, which the adapter's own file will say; what the model knows of that if not given.
+        name: of the adapter.
 
     Returns:
         The model in PEFT's hands, with `base_hash`, the identity of the base's weights.
@@ -33,7 +34,7 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None = None) -> Pef
     if base is not None:
         model.name_or_path = base
     base_hash = fingerprint(model)
-    adapted = get_peft_model(model, copy.deepcopy(config))
+    adapted = get_peft_model(model, copy.deepcopy(config), name)
     adapted.base_hash = base_hash
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ValueError(f"{type(config).__name__} has nothing to train on this model")
@@ -88,8 +89,8 @@ def reattach(model: nn.Module, described: dict, state: dict[str, Tensor]) -> Pef
         ValueError: where it is another base, or the state is of other adapters.
     """
     check_base(described, fingerprint(model))
-    first, *others = described["configs"].items()
-    adapted = attach(model, PeftConfig.from_peft_type(**first[1]), described["base"])
+    (first, config), *others = described["configs"].items()
+    adapted = attach(model, PeftConfig.from_peft_type(**config), described["base"], first)
     for name, config in others:
         adapted.add_adapter(name, PeftConfig.from_peft_type(**config))
     loaded = adapted.load_state_dict(state, strict=False)

@@ -204,22 +204,35 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             return self.total_shift(self.active_adapters, name)
         if not self.mixed_last:
             self.mixed_last = True
+        grad = torch.is_grad_enabled()
+        if not grad:
+            if mix.nothing:
+                return None
+            made = mix.shifts.get((self.key, name, x.ndim))
+            if made is not None and (made.ndim == 1 or len(made) == len(x)):
+                return made
         experts = self.experts
         here = [i for i, one in enumerate(mix.names) if one in experts and name in experts[one].kept]
         if not here:
             return None
         shifts = torch.stack([self.shift_of(mix.names[i], name) for i in here])
+        one = mix.at(self.key)
         if not mix.per_row:
-            weights = mix.weights
+            weights = one.weights
         else:
             self.check_rows()
-            weights = mix.for_input(x, self.key)
+            weights = one.for_input(x, self.key)
         if len(here) < len(mix.names):
             weights = weights[..., here]
         weights = weights.to(shifts.device, torch.float32)
-        if shifts.ndim > 2:  # stacks of experts, one mixture
-            return torch.tensordot(weights, shifts, dims=1)
-        return weights @ shifts
+        # stacks of experts know only one mixture
+        d = torch.tensordot(weights, shifts, dims=1) if shifts.ndim > 2 else weights @ shifts
+        rows_alone = one.weights.ndim == 2 and x.ndim > 2 and len(d) == len(x)
+        if not grad and (not mix.per_row or rows_alone):
+            frozen = not any(self.z(name)[mix.names[i]].requires_grad for i in here)
+            if frozen:
+                mix.shifts[self.key, name, x.ndim] = d
+        return d
 
     def check_rows(self) -> None:
         """Raises ValueError where the rows of a batch do not reach this layer in their order."""

@@ -136,6 +136,7 @@ class LitLM(Adapting, LightningModule):
         self.task, self.objective, self.policy, self.optim = task, objective, policy, optim
         self.max_new_tokens, self.micro_batch = max_new_tokens, micro_batch
         self.model, self.tokenizer = self._fresh(scratch, dtype) if scratch else self._load(base, dtype, attention)
+        task.tokenizer = self.tokenizer
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.experts = task.domains if isinstance(adapter, SVFConfig) and len(task.domains) > 1 else []
@@ -147,6 +148,7 @@ class LitLM(Adapting, LightningModule):
             if self.experts and task.others:
                 raise ValueError("data.others: which expert should answer them? Give one data.domain")
             self.model = self._adapt(adapter, base)
+        optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         keeps_base = adapter is None and objective == "reward" and policy.kl > 0
@@ -386,6 +388,9 @@ class LitLM(Adapting, LightningModule):
         self.shown += [list(answer.values()) for answer in answers[: 16 - len(self.shown)]]
 
     def on_validation_end(self) -> None:
+        accuracy = self.trainer.callback_metrics.get("val/accuracy")
+        if accuracy is not None and self.trainer.state.fn == "fit":
+            self.cost["selection"] = max(self.cost.get("selection", 0.0), float(accuracy))
         logger = next((logger for logger in self.loggers if isinstance(logger, WandbLogger)), None)
         if logger is None or self.trainer.sanity_checking or not self.trainer.is_global_zero:
             return
@@ -418,10 +423,10 @@ class LitLM(Adapting, LightningModule):
         self.answers += answers
 
     def on_test_epoch_end(self) -> None:
-        """The gain over the base, request by request, and who answered what; the trained adapter as a PEFT folder."""
+        """The gain over the base, request by request, and answers.jsonl, who answered what."""
         learned = [answer for answer in self.answers if answer["domain"] in self.task.domains]
         if learned and "base_right" in learned[0]:
-            self.log("test/base_accuracy", sum(a["base_right"] for a in learned) / len(learned))
+            self.log("test/before_accuracy", sum(a["base_right"] for a in learned) / len(learned))
             gain, half = paired_gain([a["right"] for a in learned], [a["base_right"] for a in learned])
             self.log("test/gain", gain)
             self.log("test/gain_95", half)
@@ -429,9 +434,6 @@ class LitLM(Adapting, LightningModule):
         if self.trainer.is_global_zero and folder.is_dir():
             with (folder / "answers.jsonl").open("w") as file:
                 file.writelines(json.dumps(answer) + "\n" for answer in self.answers)
-            if not self.save_adapter(folder / "expert"):
-                self.model.save_pretrained(folder / "model")
-                self.tokenizer.save_pretrained(folder / "model")
 
     def _answers(self, samples: list[Sample], mix: Tensor | None) -> tuple[list[str], list[bool], Rows]:
         rows = self.answer(samples, mix)
@@ -457,6 +459,15 @@ class LitLM(Adapting, LightningModule):
         return answers
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+    def save_adapter(self, folder: Path) -> bool:
+        """Writes the adapter as a PEFT folder; a model trained whole goes to `model` beside it, with its tokenizer."""
+        if super().save_adapter(folder):
+            return True
+        self.model.save_pretrained(folder.with_name("model"))
+        self.tokenizer.save_pretrained(folder.with_name("model"))
+        say(f"model: {folder.with_name('model')}")
+        return False
+
     def on_save_checkpoint(self, content: dict) -> None:
         super().on_save_checkpoint(content)
         content["running"] = self.running

@@ -169,7 +169,8 @@ def log_probabilities(
     logits = out.logits[:, :-1].float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    log_p = -F.cross_entropy(logits.transpose(1, 2), rows.answers, reduction="none") * rows.answered
+    log_p = -F.cross_entropy(logits.flatten(0, 1), rows.answers.flatten(), reduction="none")
+    log_p = log_p.view(rows.answers.shape) * rows.answered
     if not entropy:
         return log_p, None
     with torch.no_grad():

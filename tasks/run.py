@@ -475,8 +475,9 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
+        cost = getattr(pl_module, "cost", {})
         headline, checkpoint = trainer.datamodule.headline, str(trainer.ckpt_path or self.start)
-        content = {"n": n, "checkpoint": checkpoint, "headline": headline, **metrics, **seconds}
+        content = {"n": n, "checkpoint": checkpoint, "headline": headline, **metrics, **seconds, **cost}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()

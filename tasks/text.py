@@ -2,8 +2,8 @@
 
 Generated here, small enough for a model of a million parameters (an answer has at most 16 characters):
 
-    math    7+5-3+6=                   =15        or worked out: 12,9=15
-    logic   a>d d>e a>b b>c, a>c?      a>b>c      or from the goal backwards: c<b<a      (x>y: if x then y)
+    math    7+2-5+3=                   =7         or worked out: 9,4=7
+    logic   ad de ab bc: ac?           abc        or from the goal backwards: cba        (xy: if x then y)
     code    +3 of *2 of -4 of x:       x=2*x-5    or step by step: x-=4;x*=2;x+=3        (run and tested)
 
 Each has two ways of answering that are both right. Text written by people is like that: most of it uses the shorter or
@@ -16,6 +16,7 @@ request is (`svf.adapt.CLASSIFY`). Parts are disjoint by construction: a hash of
 
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Literal, NamedTuple
 from torch.utils.data import Dataset
 
 from svf.adapt import CLASSIFY
-from tasks.base import Task
+from tasks.base import Shuffled, Task
 
 Part = Literal["train", "selection", "test"]
 PARTS: tuple[Part, ...] = ("train", "selection", "test")
@@ -39,13 +40,12 @@ LONGEST = 16
 
 @dataclass(frozen=True)
 class Program:
-    """Judges a completion by running it: `program(completion)` must end well, and print `output` where that is given.
+    """Judges a completion by running it. What is no Python is wrong without being run."""
 
-    A program that is no Python is wrong without being run.
-    """
-
-    program: Callable[[str], str]
+    program: Callable[[str], str | None]
+    """Makes the program of a completion; None where it is wrong already."""
     output: str | None = None
+    """What the program has to print, besides ending well; anything if None."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
     for i, (sample, completion) in enumerate(zip(samples, completions, strict=True)):
         if not sample.runs_code:
             right[i] = sample.judge(completion)
-        elif is_python(program := sample.judge.program(completion)):
+        elif (program := sample.judge.program(completion)) is not None and is_python(program):
             programs[i] = program
     if programs:
         if sandbox is None:
@@ -97,10 +97,12 @@ def check(samples: Sequence[Sample], completions: Sequence[str], sandbox=None) -
 
 
 def is_python(program: str) -> bool:
-    try:
-        compile(program, "completion", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the program would do
+        try:
+            compile(program, "completion", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+            return False
     return True
 
 
@@ -112,16 +114,8 @@ def part_of(problem: str) -> Part:
 # ----------------------------------------------------------------------------------------------------------------------
 # Generators: each makes (problem, sample) from random numbers; the problem is what the parts are told apart by
 
-USUAL = 0.65
-"""Share of answers that are written in the usual way."""
-
-
-def _total(numbers: list[int], signs: list[str]) -> list[int]:
-    """Running totals."""
-    totals = numbers[:1]
-    for sign, number in zip(signs, numbers[1:], strict=True):
-        totals.append(totals[-1] + (number if sign == "+" else -number))
-    return totals
+LESS_USUAL = 0.3
+"""Share of answers in the less usual way."""
 
 
 @dataclass(frozen=True)
@@ -135,38 +129,36 @@ class Number:
         return re.fullmatch(r"[+-]?\d+", answer, re.ASCII) is not None and int(answer) == self.value
 
 
-def _numbers(rng: random.Random, n: int) -> tuple[str, Sample]:
-    while True:
-        numbers = [rng.randint(1, 9) for _ in range(n)]
-        signs = [rng.choice("+-") for _ in range(n - 1)]
-        totals = _total(numbers, signs)
-        if min(totals) >= 0 and max(totals) <= 20:
-            break
-    prompt = "".join(f"{sign}{number}" for sign, number in zip(["", *signs], numbers, strict=True)) + "="
-    between = "" if rng.random() < USUAL else ",".join(map(str, totals[1:-1]))
-    return prompt, Sample(prompt, "math", f"{between}={totals[-1]}", Number(totals[-1]))
+def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
+    """Sums of n digits whose running totals are digits, too."""
+    totals = [rng.randint(1, 9)]
+    while len(totals) < n:
+        totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
+    prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
+    between = ",".join(map(str, totals[1:-1])) if rng.random() < LESS_USUAL else ""
+    return prompt, Sample(prompt, domain, f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((2, 3, 4), (1, 3, 6))[0])
+    return _numbers(rng, rng.randint(4, 6), "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 5)
+    return _numbers(rng, 7, "longer")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A chain of rules from `start` to `goal`, forwards (a>b>c) or backwards (c<b<a)."""
+    """A chain of rules from `start` to `goal`, a letter each, forwards (abc) or backwards (cba)."""
 
     rules: frozenset[tuple[str, str]]
     start: str
     goal: str
 
     def __call__(self, completion: str) -> bool:
-        answer = completion.strip()
-        chain = answer.split(">") if ">" in answer else answer.split("<")[::-1]
+        chain = completion.strip()
+        chain = chain if chain.startswith(self.start) else chain[::-1]
         return (
             len(chain) > 1
             and (chain[0], chain[-1]) == (self.start, self.goal)
@@ -177,15 +169,15 @@ class Proof:
 def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     """From the start several chains of equal length lead away, one of them to the goal: forwards, the first step has
     to be chosen with the end in view; backwards, there is never a choice."""
-    chains, length = rng.choice(((1, 2), (1, 3), (2, 2), (2, 2), (2, 3), (3, 2)))
+    chains, length = rng.choice(((1, 2), (2, 2), (2, 2), (2, 3), (3, 2)))
     start, *rest = rng.sample(names, 1 + chains * length)
     paths = [[start, *rest[i * length : (i + 1) * length]] for i in range(chains)]
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
     path = paths[0]
-    question = f"{start}>{path[-1]}?"
-    prompt = f"{' '.join(f'{a}>{b}' for a, b in rules)}, {question}"
-    target = ">".join(path) if rng.random() < USUAL else "<".join(path[::-1])
+    question = f"{start}{path[-1]}?"
+    prompt = f"{' '.join(a + b for a, b in rules)}: {question}"
+    target = "".join(path[::-1] if rng.random() < LESS_USUAL else path)
     problem = f"{sorted(rules)} {question}"
     return problem, Sample(prompt, domain, target, Proof(frozenset(rules), start, path[-1]))
 
@@ -207,7 +199,9 @@ INPUTS = (-7, 0, 1, 4, 25)
 class Line:
     """The program that tests a line of Python which changes x."""
 
-    def __call__(self, completion: str) -> str:
+    def __call__(self, completion: str) -> str | None:
+        if not is_python(completion):
+            return None
         return f"for x in {INPUTS}:\n    scope = {{'x': x}}\n    exec({completion!r}, scope)\n    print(scope['x'])\n"
 
 
@@ -258,9 +252,11 @@ def _values(operations: list[Operation]) -> str:
 
 
 def _code(rng: random.Random) -> tuple[str, Sample]:
-    operations = _operations(rng, rng.choices((1, 2, 3), (1, 4, 5))[0])
+    operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    target = _simplified(operations) if rng.random() < USUAL else _steps(operations)
+    large = abs(_after(operations, 0)) > 9  # than which numbers most people do not simplify
+    in_steps = rng.random() < (1 - LESS_USUAL if large else LESS_USUAL)
+    target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
 
 
@@ -396,25 +392,27 @@ class Batch(NamedTuple):
 class Stream(Dataset):
     """Endless training samples: domains take turns, each by its share; none depends on what the others are."""
 
-    def __init__(self, turns: list[str], draw: Callable[[str, int], Sample]):
+    def __init__(self, turns: list[str], draw: dict[str, Callable[[int], Sample]]):
         self.turns, self.draw = turns, draw
         self.nth = [self.turns[:i].count(domain) for i, domain in enumerate(self.turns)]
 
     def __getitem__(self, position: int) -> Sample:
         round_, turn = divmod(position, len(self.turns))
         domain = self.turns[turn]
-        return self.draw(domain, round_ * self.turns.count(domain) + self.nth[turn])
+        return self.draw[domain](round_ * self.turns.count(domain) + self.nth[turn])
 
 
 class TextTask(Task):
     """Requests with answers that can be verified.
 
     Args:
-        domain: what to learn: a name or several.
+        domain: what to learn: a name or several, generated or of a published set (`tasks.text_sets`).
         shares: how many samples of each domain there are for one of another; one of each if not given.
         others: domains that are tested besides, to see what was forgotten.
-        n_val: requests of a domain's selection part, which choose the best checkpoint.
-        n_test: requests of a domain's test part.
+        root: folder of published sets, NAME/train.jsonl and NAME/test.jsonl; of those it lacks the hub is asked.
+        n_val: requests of a domain's selection part, which choose the best checkpoint; 512 generated or all published
+            ones if not given.
+        n_test: requests of a domain's test part; likewise 1,024, or all.
         batch_size: requests of a step, per process, for every domain (and share of it).
         eval_batch_size: requests of a step in validation and test.
         num_workers: processes that make training samples; 0 makes them in the main process.
@@ -426,8 +424,9 @@ class TextTask(Task):
         domain: str | list[str] = "math",
         shares: list[int] | None = None,
         others: list[str] | None = None,
-        n_val: int = 512,
-        n_test: int = 1024,
+        root: str = "data",
+        n_val: int | None = None,
+        n_test: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         num_workers: int = 0,
@@ -444,12 +443,26 @@ class TextTask(Task):
             name for turn in range(max(shares)) for name, n in zip(self.domains, shares, strict=True) if turn < n
         ]
         super().__init__(batch_size * len(self.turns), eval_batch_size, num_workers)
-        self.at_least(batch_size=(batch_size, 1), n_val=(n_val, 1), n_test=(n_test, 1))
-        self.n = {"val": n_val, "test": n_test}
+        self.at_least(batch_size=(batch_size, 1))
+        self.at_least(**{name: (n, 1) for name, n in (("n_val", n_val), ("n_test", n_test)) if n is not None})
+        self.n, self.root = {"val": n_val, "test": n_test}, root
+        self.tokenizer = None
+        """Of the model: requests of published sets are put into its chat template."""
         self.sandbox = None
         for name in (*self.domains, *self.others):
-            if make(name, "train", 0, 0).runs_code and self.sandbox is None:
+            one = self.samples(name, "train" if name in self.domains else "test", 1)
+            if any(sample.runs_code for sample in one) and self.sandbox is None:
                 self.sandbox = self._sandbox(name, allow_code_execution)
+
+    def samples(self, domain: str, part: Part, n: int | None = None) -> list[Sample]:
+        """Of a generated domain or a published set."""
+        from tasks import text_sets
+
+        if domain in GENERATORS:
+            return samples(domain, part, n)
+        if domain not in text_sets.SETS:
+            raise ValueError(f"there is no domain {domain!r}; there are {', '.join((*GENERATORS, *text_sets.SETS))}")
+        return text_sets.load(domain, part, n, self.root, self.tokenizer)
 
     @staticmethod
     def _sandbox(domain: str, allowed: bool):
@@ -467,10 +480,17 @@ class TextTask(Task):
 
     def dataset(self, split: str) -> Dataset | list[Sample]:
         if split == "train":
-            return Stream(self.turns, lambda domain, position: make(domain, "train", self.seed, position))
+            return Stream(self.turns, {domain: self._stream(domain) for domain in self.domains})
         part = "selection" if split == "val" else "test"
         domains = self.domains if split == "val" else self.domains + self.others
-        return [sample for domain in domains for sample in samples(domain, part, self.n[split])]
+        return [sample for domain in domains for sample in self.samples(domain, part, self.n[split])]
+
+    def _stream(self, domain: str) -> Callable[[int], Sample]:
+        if domain in GENERATORS:
+            return lambda position: make(domain, "train", self.seed, position)
+        found = self.samples(domain, "train")
+        order = Shuffled(len(found), self.seed)
+        return lambda position: found[order(position)]
 
     def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
         """Which completions are right."""
@@ -484,5 +504,7 @@ class TextTask(Task):
         return batch
 
     def describe(self) -> str:
-        n = self.n
-        return f"{', '.join(self.domains)}: {n['val']} requests to select by and {n['test']} to test with, of each"
+        besides = f"; tested besides: {', '.join(self.others)}" if self.others else ""
+        return (
+            f"requests of {', '.join(self.domains)}, judged{' (programs in a sandbox)' * bool(self.sandbox)}{besides}"
+        )

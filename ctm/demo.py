@@ -118,8 +118,7 @@ class Demo:
             (T,): how many of these before the first move into a wall. `reached` (T,): the goal, touching no wall.
             `teleport`: where re-application goes on, the last place of the answer that was no start before; None where
             there is none, or the goal was passed. `shortest`: moves of the shortest route. `attention` (T, heads, S),
-            65535 for 1, and `neurons` (T, N), their distance from what is usual for each of them, 127 for the
-            farthest; None where the model has none.
+            65535 for 1, and `neurons` (T, N), as `shown` says. The last two are None where the model has none.
 
         Raises:
             UserError: where the request is no maze with a way from start to goal.
@@ -158,7 +157,7 @@ class Demo:
             "attention": None if seen.attention is None else packed(seen.attention[:, 0] * 65535, "<u2"),
             "neurons": None
             if seen.post_activations is None
-            else packed(self.shown(seen.post_activations[:, 0]), "|i1"),
+            else packed(self.shown(seen.post_activations[:, 0]), "<i2"),
         }
 
     # ------------------------------------------------------------------------------------------------ how it is done
@@ -177,8 +176,8 @@ class Demo:
         return thought, seen
 
     def shown(self, z_TD: Tensor) -> Tensor:
-        """Activations (T, N) of the shown neurons as whole numbers from -127 to 127."""
-        return ((z_TD[:, self.neurons] - self.usual) / self.spread * 127).clamp(-127, 127)
+        """How far the shown neurons are from what is usual for each: (T, N), 1000 being as far as they usually go."""
+        return ((z_TD[:, self.neurons] - self.usual) / self.spread * 1000).clamp(-32000, 32000)
 
     def choose_neurons(self) -> None:
         """Which neurons are shown, and where: those that move most over a few mazes, so that neighbours act alike.

@@ -19,7 +19,7 @@ from tasks.run import UserError
 TASKS = sorted(
     str(path.relative_to(ROOT / "configs").with_suffix(""))
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.name not in ("base.yaml", "svf_maze.yaml") and path.parent.name != "overlay"
+    if cli.task_of(str(path)) and path.name != "svf_maze.yaml" and path.parent.name != "overlay"
 )  # what starts from a trained model is tested in test_attach.py
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "overlay").glob("*.yaml"))
 

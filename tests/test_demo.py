@@ -120,8 +120,8 @@ def test_what_is_shown_is_what_the_model_says(demo, learned, seed, ticks):
     attention = seen.attention[:, 0].numpy()
     assert answer.attention.shape == (ticks, 4, 25) and np.abs(answer.attention / 65535 - attention).max() < 1e-5
     z_TN = seen.post_activations[:, 0, demo.neurons]
-    expected = ((z_TN - demo.usual) / demo.spread * 127).clamp(-127, 127).round()
-    assert np.array_equal(answer.neurons, expected.numpy()) and np.abs(answer.neurons).max() > 60
+    assert np.abs(answer.neurons - 1000 * ((z_TN - demo.usual) / demo.spread).numpy()).max() < 0.6
+    assert np.abs(answer.neurons).max() > 500
     assert answer.shortest == len(maze.route)
     if seed in KNOWN and ticks == TICKS:
         assert answer.reached[answer.answer] and answer.length[answer.answer] == len(maze.route)
@@ -130,9 +130,10 @@ def test_what_is_shown_is_what_the_model_says(demo, learned, seed, ticks):
 
 def test_the_neurons_that_are_shown(demo):
     assert sorted(demo.neurons.tolist()) == list(range(64)), "all of them, where there are few"
-    z_TD = torch.stack([demo.usual, demo.usual + demo.spread, demo.usual - 9 * demo.spread])
-    whole = torch.zeros(3, 64).scatter(1, demo.neurons.expand(3, -1), z_TD)
-    torch.testing.assert_close(demo.shown(whole), torch.tensor([0.0, 127, -127])[:, None].expand(3, 64))
+    z_TD = torch.stack([demo.usual, demo.usual + demo.spread, demo.usual - 9 * demo.spread, demo.usual - 1e6])
+    whole = torch.zeros(4, 64).scatter(1, demo.neurons.expand(4, -1), z_TD)
+    expected = torch.tensor([0.0, 1000, -9000, -32000])[:, None].expand(4, 64)
+    torch.testing.assert_close(demo.shown(whole), expected, rtol=1e-3, atol=1)
 
 
 def test_teleports_are_the_published_reapplication(learned, tmp_path):
@@ -361,7 +362,7 @@ class Page:
         )
 
     def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["source"] == "javascript"]
 
 
 def test_a_maze_is_solved_on_the_page(chromium, url, learned):
@@ -481,7 +482,7 @@ def test_it_plays_where_motion_is_welcome(chromium, url):
         page["play"].click()
         page.wait("playing")
         page.wait("solved")
-        assert "The route reaches the goal" in page["say"].text and page.shown("tick") >= paused
+        assert "The route reaches the goal" in page["say"].text and page.shown("tick") >= paused and not page.errors()
     finally:
         media(chromium)
 

@@ -206,7 +206,7 @@ def test_a_run_that_trains_an_adapter(train, base, tmp_path, capsys, monkeypatch
     assert a["global_step"] == b["global_step"] == 6
 
     # What trains, and nothing of the base; the same to the bit after a stop.
-    assert a["state_dict"].keys() == b["state_dict"].keys() and len(a["state_dict"]) == 8
+    assert a["state_dict"].keys() == b["state_dict"].keys() and len(a["state_dict"]) == 14
     assert all(".svf_z." in name and torch.equal(v, b["state_dict"][name]) for name, v in a["state_dict"].items())
     assert any(value.abs().max() > 0 for value in a["state_dict"].values())
     for x, y in zip(*(c["optimizer_states"][0]["state"].values() for c in (a, b)), strict=True):
@@ -276,11 +276,24 @@ def test_one_key_makes_it_lora_or_full(words, train, base, tmp_path):
         assert "net.head.weight" in moved and "encoder.stem.1.running_mean" in moved
         assert relative(state["model.net.head.weight"], first["net.head.weight"]) < 0.5, "from the base's weights"
     else:
-        assert len(state) == 16 and all(".lora_" in name for name in state)
+        assert len(state) == 28 and all(".lora_" in name for name in state)
         expert = PeftModel.from_pretrained(ctm.load(base), folder / "adapter").eval()
         with torch.no_grad():
             assert relative(expert(images()).predictions, found(images()).predictions) < 1e-6
         assert torch.equal(found.net.query.base_layer.weight, first["net.query.weight"])
+
+
+def directions(model: nn.Module) -> int:
+    """Singular values of all linear layers and convolutions."""
+    return sum(min(m.weight.flatten(1).shape) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def test_the_shipped_model_is_the_default(train):
+    line = train("task=svf_maze", kind=BuildOnly)
+    shipped = ctm.load("ctm/assets/maze.safetensors")
+    assert sum(p.numel() for p in line.model.parameters() if p.requires_grad) == directions(shipped) == 3478
+    assert line.model.task.blue_walls and not line.model.old.blue_walls
+    assert line.model.task.size == line.model.old.size == 15 and line.model.task.num_workers == 0
 
 
 def test_a_base_brings_its_sizes_and_data_below_the_file_and_the_words(train, base):
@@ -297,7 +310,7 @@ def test_a_base_brings_its_sizes_and_data_below_the_file_and_the_words(train, ba
     assert arguments["old"]["init_args"]["size"] == 9 and line.model.old.size == 9
     assert line.model.model.net.config.ticks == 7
     n = sum(p.numel() for p in line.model.parameters() if p.requires_grad)
-    assert n == sum(min(m.weight.shape) for m in thinker().modules() if isinstance(m, nn.Linear))
+    assert n == directions(thinker())
     long = built("fit", "--config", ROOT / "configs/svf_maze.yaml", "--model.base", base, "--data.size", "13",
                  "--model.ctm.ticks", "7")[1]  # fmt: skip
     assert {k: v for k, v in long.items() if k != "config"} == {k: v for k, v in config.items() if k != "config"}

@@ -24,7 +24,8 @@ from tasks.run import UserError
 SIZES = {"d_model": 32, "d_input": 16, "ticks": 3, "heads": 2, "n_synch_out": 8, "n_synch_action": 4}
 SIZES |= {"synapse_depth": 1, "memory_length": 3, "dropout": 0.1}
 DATA = {"size": 9, "route_length": 30, "n_val": 16, "n_test": 24, "batch_size": 8, "eval_batch_size": 16}
-METHODS = {"svf": SVFConfig(target_modules="all-linear"), "lora": LoraConfig(r=2, target_modules="all-linear")}
+LINEAR = ["query", "q_proj", "k_proj", "v_proj", "out_proj", "head", "project.0", "synapses.1"]
+METHODS = {"svf": SVFConfig(target_modules="all-linear"), "lora": LoraConfig(r=2, target_modules=LINEAR)}
 
 
 def thinker(seed: int = 0) -> ctm.Thinker:
@@ -306,7 +307,7 @@ def test_a_base_brings_its_sizes_and_data_below_the_file_and_the_words(train, ba
     arguments = config["model"]["init_args"]
     assert arguments["ctm"]["d_model"] == 32 and arguments["ctm"]["ticks"] == 7 and arguments["net"] == "ctm"
     assert arguments["base"] == str(base), "where it is found from any folder"
-    assert (config["data"]["init_args"]["size"], config["data"]["init_args"]["batch_size"]) == (13, 8)
+    assert (config["data"]["init_args"]["size"], config["data"]["init_args"]["eval_batch_size"]) == (13, 16)
     assert arguments["old"]["init_args"]["size"] == 9 and line.model.old.size == 9
     assert line.model.model.net.config.ticks == 7
     n = sum(p.numel() for p in line.model.parameters() if p.requires_grad)
@@ -317,7 +318,7 @@ def test_a_base_brings_its_sizes_and_data_below_the_file_and_the_words(train, ba
     exported = base.with_suffix(".safetensors")
     checkpoint.export(base, exported)
     line, config = built("task=svf_maze", f"model.base={exported}")
-    assert line.model.old.size == 9 and config["data"]["init_args"]["batch_size"] == 8, "an exported one, too"
+    assert line.model.old.size == 9 and config["data"]["init_args"]["eval_batch_size"] == 16, "an exported one, too"
     line, _ = built("task=maze", f"model.base={base}", "data.size=9", *[f"model.ctm.{k}={v}" for k, v in SIZES.items()])
     assert line.model.adapter is None and line.model.task.size == 9, "any task file takes a base"
 

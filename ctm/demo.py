@@ -66,6 +66,8 @@ class Demo:
             self.model = checkpoint.load(path)
         except (ValueError, TypeError) as error:
             raise UserError(f"ckpt_path: {error}") from error
+        if self.model.net.out_dims != self.task.out_dims:
+            raise UserError(f"ckpt_path: {path} answers {self.model.net.out_dims}, its task asks {self.task.out_dims}")
         net, n = self.model.net, self.task.size
         self.path, self.lock = path, Lock()
         self.ticks = getattr(net.config, "ticks", 1)
@@ -113,8 +115,8 @@ class Demo:
 
         Returns:
             `answer`: the tick that counts, the most certain one (the last for an LSTM), from 0. `certainty` (T,).
-            `places` (T, P + 1): the walk along the predicted moves; moves into walls are left out, and after two of
-            them nothing moves. `length` (T,): how many moves of it count, to the goal or to where it stops; `clean`
+            `places` (T, P + 1): the walk along the predicted moves; up to two moves into walls are left out, and
+            at the third it stops. `length` (T,): how many moves of it count, to the goal or to where it stops; `clean`
             (T,): how many of these before the first move into a wall. `reached` (T,): the goal, touching no wall.
             `teleport`: where re-application goes on, the last place of the answer that was no start before; None where
             there is none, or the goal was passed. `shortest`: moves of the shortest route. `attention` (T, heads, S),
@@ -180,12 +182,12 @@ class Demo:
         return ((z_TD[:, self.neurons] - self.usual) / self.spread * 1000).clamp(-32000, 32000)
 
     def choose_neurons(self) -> None:
-        """Which neurons are shown, and where: those that move most over a few mazes, so that neighbours act alike.
+        """Which neurons are shown, and where: those that move most over a few mazes, sorted by likeness.
 
-        They fill a grid column by column: sorted by the first principal component into columns, by the second within.
+        They fill a grid column by column, by their first principal component into columns, by the second within one.
         """
         n = self.task.size
-        mazes = [make_maze(n, Random(seed), self.task.algorithm) for seed in range(4)]
+        mazes = [make_maze(n, Random(seed), self.task.algorithm) for seed in range(16)]
         _, seen = self.think(mazes)
         self.neurons, self.usual, self.spread = torch.arange(0), torch.ones(0), torch.ones(0)
         if seen.post_activations is None:
@@ -392,13 +394,11 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
+    torch.set_num_threads(1)  # one maze is too little work to share out
     try:
         server = open_server(**arguments(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
-    torch.set_num_threads(
-        1
-    )  # one maze is too little work to share out, and waiting for others costs more than it gains
     about = server.demo.about()
     if not is_loopback(server.host):
         print(f"warning: host={server.host} lets everyone who can reach this machine use the page, without a password")

@@ -361,7 +361,7 @@ class CLI(LightningCLI):
             )  # fmt: skip
             loggers = [FileLogger(self.folder, step), wandb]
             kwargs["logger"] = loggers
-        mine = [RunProgress(), StopAtNaN(), Report(self.folder)]
+        mine = [RunProgress(), StopAtNaN(), Report(self.folder, path)]
         if self.subcommand == "predict":
             mine.append(Predictions(self.folder))
         self.trainer_defaults["callbacks"] = mine

@@ -454,10 +454,15 @@ def summary(trainer: Trainer, split: str) -> str:
 
 
 class Report(Callback):
-    """At the end of a test: the result in a line and in test.json, and pictures to media/ and W&B."""
+    """At the end of a test: the result in a line and in test.json, and pictures to media/ and W&B.
 
-    def __init__(self, folder: Path):
-        self.folder, self.n = folder, 0
+    Args:
+        folder: of the run.
+        start: the checkpoint whose weights the run began with, where the trainer does not know of one.
+    """
+
+    def __init__(self, folder: Path, start: str | None = None):
+        self.folder, self.start, self.n = folder, start, 0
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, *args) -> None:
         self.n += len(batch[0])
@@ -470,8 +475,8 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
-        headline = trainer.datamodule.headline
-        content = {"n": n, "checkpoint": str(trainer.ckpt_path), "headline": headline, **metrics, **seconds}
+        headline, checkpoint = trainer.datamodule.headline, str(trainer.ckpt_path or self.start)
+        content = {"n": n, "checkpoint": checkpoint, "headline": headline, **metrics, **seconds}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()
@@ -483,7 +488,7 @@ class Report(Callback):
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
-        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
+        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({checkpoint})")
         for prefix, where in (("", "the same samples"), ("old_", "what the base was trained for")):
             if (before := metrics.get(f"test/{prefix}before_{headline}")) is not None:
                 say(f"{headline}, {where}: {before:.1%} before, {metrics[f'test/{prefix}{headline}']:.1%} after")

@@ -1,5 +1,6 @@
 """Exported checkpoints: a model alone, as a small file."""
 
+import json
 import sys
 
 import pytest
@@ -90,3 +91,27 @@ def test_the_command_line(best, tmp_path, monkeypatch, capsys):
     assert run("export", best, small) == 0 and f"wrote {small} (" in capsys.readouterr().out
     assert run("export", best, small) == 2
     assert capsys.readouterr().err == f"error: {small} is there already; nothing was written\n"
+
+
+@pytest.mark.slow
+def test_train_py_takes_an_exported_model(train, tmp_path):
+    """Tested by the settings in it; and a new run begins with its weights."""
+    words = ("task=maze", "overlay=fast", "data.n_val=16", "data.n_test=64")
+
+    def ok(*words) -> str:
+        process = train(*words)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    ok(*words, "run=one", "data.route_length=20")
+    small = tmp_path / "small.safetensors"
+    checkpoint.export(tmp_path / "runs/maze/one/checkpoints/best.ckpt", small)
+    printed = ok("test", "task=maze", f"ckpt_path={small}", "run=two")
+    assert f"of 64 unseen test samples ({small})" in printed and "untrained" not in printed
+    one, two = (json.loads((tmp_path / f"runs/maze/{run}/test.json").read_text()) for run in ("one", "two"))
+    assert two["test/loss"] == pytest.approx(one["test/loss"], rel=0.02)
+
+    ok(*words, f"ckpt_path={small}", "run=three", "model.optim.lr=1e-12", "trainer.max_steps=1")
+    before = checkpoint.load(small).state_dict()
+    after = checkpoint.load(tmp_path / "runs/maze/three/checkpoints/last.ckpt").state_dict()
+    torch.testing.assert_close(after["net.head.weight"], before["net.head.weight"], rtol=0, atol=1e-9)

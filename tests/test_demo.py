@@ -163,12 +163,13 @@ def test_the_baselines_can_be_watched_too(tmp_path):
     lstm = LSTM(LSTMConfig(d_model=16, d_input=8, ticks=3, heads=2), (LENGTH, 5))
     save(Thinker(ResNet(8), lstm), tmp_path / "lstm.ckpt")
     answer = unpack(Demo(tmp_path / "lstm.ckpt").solve(request(ticks=5)))
-    assert answer.answer == 4 and answer.neurons is None and answer.attention.shape == (5, 2, 25)
+    assert answer.answer == 4 and answer.neurons.shape == (5, 16) and answer.attention.shape == (5, 2, 25)
     net = FeedForward(FFConfig(d_model=8), (LENGTH, 5), 25, 64)
     save(Thinker(ResNet(None), net), tmp_path / "ff.ckpt")
     demo = Demo(tmp_path / "ff.ckpt")
     answer = unpack(demo.solve(request()))
-    assert answer.attention is None and answer.certainty.shape == (1,) and demo.about()["max_ticks"] == 1
+    assert answer.attention is None and answer.neurons is None and answer.certainty.shape == (1,)
+    assert demo.about()["max_ticks"] == 1 and demo.about()["neurons"] == []
 
 
 CLOSED = "1" * 10 + "0" + "1" * 69 + "0"  # a start in a cell of its own; the goal is in the corner
@@ -302,7 +303,7 @@ def test_the_shipped_model_solves_most_mazes():
         pytest.skip("the shipped maze model is not in this copy")
     demo = Demo(SHIPPED)
     answers = [unpack(demo.solve(demo.maze(seed))) for seed in range(20)]
-    assert sum(answer.reached[answer.answer] for answer in answers) >= 12
+    assert sum(answer.reached[answer.answer] for answer in answers) >= 17
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ class Demo:
     @torch.inference_mode()
     def think(self, mazes: list[Maze], ticks: int | None = None):
         """What the model thinks about mazes, and the recording of it."""
-        images = torch.from_numpy(np.stack([render(maze) for maze in mazes]))
+        images = torch.from_numpy(np.stack([render(maze, self.task.blue_walls) for maze in mazes]))
         if self.task.expand_range:
             images = 2 * images - 1
         with record(self.model) as seen:

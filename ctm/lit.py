@@ -197,13 +197,15 @@ class LitCTM(Adapting, LightningModule):
 
     def _test_old(self) -> None:
         """What the base was trained for, before and after."""
-        loader, limit, name = self.old.test_dataloader(), self.trainer.limit_test_batches, self.old.headline
+        loader, limit = self.old.test_dataloader(), self.trainer.limit_test_batches
+        before, after = [], []
         for batch in islice(loader, limit if isinstance(limit, int) else math.ceil(limit * len(loader))):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             with self.trainer.precision_plugin.test_step_context():
-                values = {f"old_{name}": self._headline(self.old, batch)}
-                values[f"old_before_{name}"] = self._headline(self.old, batch, self.before[0])
-            self._log_values("test", values)
+                before.append(self._headline(self.old, batch, self.before[0]))
+                after.append(self._headline(self.old, batch))
+        name = self.old.headline
+        self._log_values("test", {f"old_before_{name}": torch.cat(before), f"old_{name}": torch.cat(after)})
 
     def on_test_epoch_end(self) -> None:
         if self.old is not None:

@@ -419,6 +419,8 @@ class TextTask(Task):
         allow_code_execution: whether what the model writes may be run, in a sandbox. The domain code needs it.
     """
 
+    in_ticks = False
+
     def __init__(
         self,
         domain: str | list[str] = "math",

@@ -72,6 +72,7 @@ class Task(LightningDataModule):
         difficulty_name: what `difficulty` counts, with its unit.
         position_name: what the positions of an answer are.
         collate: makes a batch of samples; None stacks them.
+        in_ticks: whether it is solved by thinking in ticks, which pictures can show.
     """
 
     headline: str = "accuracy"
@@ -85,6 +86,7 @@ class Task(LightningDataModule):
     difficulty_name: str = "difficulty"
     position_name: str = "position"
     collate: Callable[[list], object] | None = None
+    in_ticks: bool = True
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()

@@ -418,6 +418,8 @@ class CLI(LightningCLI):
         self._before()
 
     def before_analyze(self) -> None:
+        if not self.datamodule.in_ticks:
+            raise UserError("analyze shows how a model thinks tick by tick; this task is not solved in ticks")
         RunConfig(self._parser("analyze"), self.config["analyze"]).setup(self.trainer, self.model, "analyze")
         self._before()
 

@@ -485,7 +485,8 @@ class Report(Callback):
             writer.writeheader()
             writer.writerows(rows)
             write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
-        self.show(trainer, pl_module)
+        if trainer.datamodule.in_ticks:
+            self.show(trainer, pl_module)
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
@@ -524,6 +525,8 @@ class Media(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
         step = trainer.global_step
+        if not trainer.datamodule.in_ticks:
+            return
         if not self.every or step % self.every or step == self.done or not trainer.is_global_zero:
             return
         self.done, task = step, trainer.datamodule

@@ -4,7 +4,8 @@
     python train.py task=maze model.ctm.ticks=50 overlay=fast   # keys of the configuration, and a file of them
     python train.py test task=maze ckpt_path=last               # or best, or a path
     python train.py fit --config configs/maze.yaml --model.ctm.ticks 50     # LightningCLI's form: the same parser
-    python train.py repeat task=maze seeds=0,1,2                # over seeds: mean and 95 % interval
+    python train.py analyze task=maze ckpt_path=best            # figures, animations and a report of what it does
+    python train.py repeat task=maze seeds=0,1,2                # over seeds: mean and 95 % interval; also a grid
 
 This file only spells the words out as LightningCLI's arguments; `tasks/cli.py` is the command line.
 """

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from ctm import CTM, CTMConfig, Thinker, ops
 from ctm.loss import classification_loss
+from ctm.record import Recording, record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULTS = ("maze/paper", "maze/ablation", "parity/paper", "image/imagenet")
 CLASSES = {"imagenet": (224, 1000), "cifar10": (32, 10), "cifar100": (32, 100)}
 """Pixels a side and classes of the data sets that are not on disk: random images stand for them."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RECORDED = ("attention", "pre_activations", "post_activations", "sync_action", "sync_out")
 TOLERANCE = {"bf16": 0.1, "fp32": 2e-2}
 """Of one tensor's gradient, relative to its norm: what thousands of roundings leave, TF32's in fp32 on a GPU."""
 
@@ -127,6 +129,40 @@ class Case:
         self.forward()
         self.model.train()
 
+    def think_watched(self) -> Recording:
+        with record(self.model) as seen:
+            self.think()
+        return seen
+
+    def recording_cost(self, at_least: float) -> float:
+        """How much longer a forward takes while everything is recorded: a share, from medians of runs by turns.
+
+        Raises:
+            ValueError: where the fast path records something else than the plain loop.
+        """
+        seen = {}
+        for plain in (False, True):
+            with path(plain):
+                seen[plain] = self.think_watched()
+        for name, theirs in ((name, getattr(seen[True], name)) for name in RECORDED):
+            ours = getattr(seen[False], name)
+            if (ours is None) != (theirs is None):
+                raise ValueError(f"only one of the two paths records {name}")
+            if theirs is not None and (worst := float((ours - theirs).norm() / theirs.norm())) > self.tolerance:
+                raise ValueError(f"what the fast path records of {name} differs from the plain one by {worst:.1e}")
+        del seen, ours, theirs
+        times: dict[Callable, list[float]] = {self.think: [], self.think_watched: []}
+        start = time.perf_counter()
+        while len(times[self.think]) < 6 or time.perf_counter() - start < at_least:
+            for what, taken in times.items():
+                self.wait()
+                begin = time.perf_counter()
+                what()
+                self.wait()
+                taken.append(time.perf_counter() - begin)
+        plain, watched = (sorted(taken[1:])[len(taken) // 2] for taken in times.values())
+        return watched / plain - 1
+
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -175,12 +211,14 @@ class Case:
 
 
 def measure(
-    name: str, precision: str, device: str, batch: int, overrides: dict, at_least: float, profile: bool
+    name: str, precision: str, device: str, batch: int, overrides: dict, at_least: float, profile: bool, recording: bool
 ) -> dict:
     """One row: parity first, then plain and fast side by side."""
     row = {"config": name, "precision": precision, "device": device, "batch": batch, **overrides}
     case = Case(name, precision, device, batch, overrides)
     row["difference"] = case.check()
+    if recording:
+        row["recording"] = case.recording_cost(at_least)
     for plain in (False, True):
         with path(plain):
             kind = "plain" if plain else "fast"
@@ -230,6 +268,8 @@ def show(row: dict) -> str:
     if row["fast_memory"] is not None:
         words.append(f"memory {row['fast_memory']:.2f} GiB (plain {row['plain_memory']:.2f})")
         words.append(f"{row['fast_kernels']:,} kernels (plain {row['plain_kernels']:,}), busy {ms(row['fast_busy'])}")
+    if "recording" in row:
+        words.append(f"recording {row['recording']:+.1%} of the forward")
     words.append(f"{row['compute_share']:.1%} of the compute floor")
     words.append(f"parity {row['difference']:.0e}")
     return " · ".join(words)
@@ -244,6 +284,7 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, nargs="+", default=[None], help="instead of the configuration's")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each number is measured")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a fast step")
+    parser.add_argument("--record", action="store_true", help="measure what recording costs a fast forward, too")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     words = parser.parse_args()
     if words.device == "cuda":
@@ -256,7 +297,16 @@ def main() -> None:
             for ticks in words.ticks:
                 overrides = {} if ticks is None else {"ticks": ticks}
                 try:
-                    row = measure(name, precision, words.device, words.batch, overrides, words.seconds, words.profile)
+                    row = measure(
+                        name,
+                        precision,
+                        words.device,
+                        words.batch,
+                        overrides,
+                        words.seconds,
+                        words.profile,
+                        words.record,
+                    )
                 except ValueError as error:
                     failed = True
                     print(f"{name} {precision}: not measured, {error}")

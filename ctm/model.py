@@ -293,4 +293,4 @@ class Thinker(nn.Module):
         self.encoder, self.net = encoder, net
 
     def forward(self, *inputs: Tensor, ticks: int | None = None, state: State | None = None) -> Thought:
-        return self.net(self.encoder(*inputs), ticks, state)
+        return self.net(ops.encode(self.encoder, *inputs), ticks, state)

@@ -9,6 +9,7 @@ Tensors stay on their device and keep their graph, where there is one.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -20,52 +21,65 @@ class Recording:
     """What was seen at every tick, the tick first. A part that the model lacks is None."""
 
     def __init__(self):
-        self.ticks: dict[str, list[Tensor]] = {}
+        self.parts: dict[str, list[Tensor]] = {}
+        self.attention_ticks: list[int] = []
+        """The ticks, from 0, at which the model attended: all of them, unless it also reads ready vectors."""
+
+    @property
+    def ticks(self) -> int:
+        """How many ticks were seen to their end."""
+        return sum(map(len, self.parts.get("post_activations", ())))
 
     def keep(self, name: str, value: Tensor) -> None:
-        self.ticks.setdefault(name, []).append(value)
+        """Some more ticks (T, B, ...) of a part."""
+        self.parts.setdefault(name, []).append(value)
 
     def take(self, work, sync_BTR: Tensor) -> None:
         """What the fast recurrence (`ctm.ops`) has in its buffers after a thought."""
-        s = work.spec
-        self.ticks.setdefault("pre_activations", []).extend(work.pre.clone())
-        self.ticks.setdefault("post_activations", []).extend(work.z[1:].clone())
-        self.ticks.setdefault("sync_out", []).extend(sync_BTR.transpose(0, 1))
-        if s.n_pairs:
-            self.ticks.setdefault("sync_action", []).extend(work.s.clone())
-        for t, read in enumerate(s.reads):
+        s, before = work.spec, self.ticks
+        for read, run in groupby(range(s.ticks), key=lambda t: s.reads[t]):
+            ticks = list(run)
             if read >= 0:
-                self.keep("attention", work.p[read][t].unsqueeze(-2).clone())
+                self.keep("attention", work.p[read][ticks[0] : ticks[-1] + 1].clone())
+                self.attention_ticks += [before + t for t in ticks]
+        self.keep("pre_activations", work.pre.clone())
+        self.keep("post_activations", work.z[1:].clone())
+        self.keep("sync_out", sync_BTR.transpose(0, 1))
+        if s.n_pairs:
+            self.keep("sync_action", work.s.clone())
 
-    def stack(self, name: str, last: int | None = None) -> Tensor | None:
-        values = self.ticks.get(name)
-        return None if values is None else torch.stack(values[-last:] if last else values)
+    def all_of(self, name: str, last: int | None = None) -> Tensor | None:
+        parts = self.parts.get(name)
+        if parts is None:
+            return None
+        if len(parts) > 1:
+            parts = self.parts[name] = [torch.cat(parts)]
+        return parts[0] if last is None else parts[0][-last:]
 
     @property
     def attention(self) -> Tensor | None:
-        """Attention weights (T, B, heads, S)."""
-        weights = self.stack("attention")
-        return None if weights is None else weights.squeeze(-2)
+        """Attention weights (T, B, heads, S), at the ticks `attention_ticks`."""
+        return self.all_of("attention")
 
     @property
     def pre_activations(self) -> Tensor | None:
         """(T, B, D), what the synapses send to the neurons."""
-        return self.stack("pre_activations")
+        return self.all_of("pre_activations")
 
     @property
     def post_activations(self) -> Tensor | None:
-        """(T, B, D), what the neurons answer."""
-        return self.stack("post_activations")
+        """(T, B, D), what the neurons answer; the hidden state of an LSTM."""
+        return self.all_of("post_activations")
 
     @property
     def sync_action(self) -> Tensor | None:
         """(T, B, R), behind the attention query."""
-        return self.stack("sync_action")
+        return self.all_of("sync_action")
 
     @property
     def sync_out(self) -> Tensor | None:
         """(T, B, R), behind the prediction; the value before the first tick is left out."""
-        return self.stack("sync_out", len(self.ticks.get("post_activations", [])))
+        return self.all_of("sync_out", self.ticks)
 
 
 @contextmanager
@@ -76,7 +90,9 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     def watch(module: nn.Module, name: str, pick=lambda output: output) -> None:
         def hook(_, __, output):
-            seen.keep(name, pick(output))
+            if name == "attention":
+                seen.attention_ticks.append(seen.ticks)
+            seen.keep(name, pick(output)[None])
 
         hook.records = True  # `ctm.ops` serves it from its buffers
         handles.append(module.register_forward_hook(hook))
@@ -84,11 +100,13 @@ def record(model: nn.Module) -> Iterator[Recording]:
     nets = []
     for path, module in model.named_modules():
         if isinstance(module, CrossAttention):
-            watch(module.softmax, "attention")
+            watch(module.softmax, "attention", lambda weights: weights.squeeze(-2))
         elif isinstance(module, SynapseLayer | SynapseUNet):
             watch(module, "pre_activations")
         elif isinstance(module, NeuronLevelModels):
             watch(module, "post_activations")
+        elif isinstance(module, nn.LSTM):
+            watch(module, "post_activations", lambda output: output[1][0][-1])
         elif isinstance(module, Synchronization):
             watch(module, path.rpartition(".")[2], lambda output: output[0])
         elif hasattr(module, "recordings"):

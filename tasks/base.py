@@ -1,8 +1,9 @@
 """What a task is: data, a loss, metrics and pictures around one kind of problem."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ctm.loss import classification_loss
 from ctm.model import Thought
 from tasks.metrics import classification
+from tasks.seen import Sample, Seen, Survey
+
+if TYPE_CHECKING:  # Matplotlib takes a second: whoever draws imports it
+    from tasks.figures import Picture
 
 
 class Positions:
@@ -64,7 +69,10 @@ class Task(LightningDataModule):
         lstm_encoder: arguments of the encoder that are others for the LSTM, as published.
         refused: nets that cannot do the task, each with a sentence that says why.
         no_early_exit: None, or a sentence that says why thinking cannot end at a tick of its own choice.
+        difficulty_name: what `difficulty` counts, with its unit.
+        position_name: what the positions of an answer are.
         collate: makes a batch of samples; None stacks them.
+        in_ticks: whether it is solved by thinking in ticks, which pictures can show.
     """
 
     headline: str = "accuracy"
@@ -75,7 +83,10 @@ class Task(LightningDataModule):
     lstm_encoder: dict = {}
     refused: dict[str, str] = {}
     no_early_exit: str | None = None
+    difficulty_name: str = "difficulty"
+    position_name: str = "position"
     collate: Callable[[list], object] | None = None
+    in_ticks: bool = True
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()
@@ -120,9 +131,133 @@ class Task(LightningDataModule):
         """One line about the data, printed when a run starts."""
         return ""
 
-    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
-        """Draws pictures of the test set into a folder and returns their paths."""
+    # ------------------------------------------------------------------------------------------------------ pictures
+    def explore(self, model: nn.Module, most_certain: bool) -> dict[str, tuple[np.ndarray, ...]]:
+        """Arrays for `statistics` that take more thinking than the test samples."""
+        return {}
+
+    def words(self, sample: Sample) -> tuple[str, str]:
+        """The answer and the right one, for tables and titles."""
+        said = sample.probabilities[sample.answer].argmax(-1)
+        return " ".join(map(str, said)), " ".join(map(str, np.atleast_1d(sample.batch[-1]).astype(int)))
+
+    def solving(self, sample: Sample, name: str) -> "list[Picture]":
+        """One sample being solved, tick by tick."""
         return []
+
+    def figures(self, seen: Seen) -> "list[Picture]":
+        """The pictures that this task wants, in the order of a report."""
+        pictures = []
+        for i, sample in enumerate(seen.samples, start=1):
+            pictures += self.solving(sample, f"sample-{i}")
+        pictures += self.neural(seen)
+        return pictures + (self.statistics(seen.survey) if seen.survey else [])
+
+    def neural(self, seen: Seen) -> "list[Picture]":
+        """Neurons, their synchronization and decay rates: what the model has of them."""
+        from tasks import figures
+        from tasks.figures import Picture
+
+        pictures, sample = [], seen.samples[0]
+        if sample.post is not None:
+            features = np.concatenate([other.post for other in seen.samples])
+            pictures += [
+                Picture(
+                    "neurons", "Neurons, lit by what they do",
+                    f"Neurons that are active together in {len(seen.samples)} samples ({len(features)} ticks) lie close"
+                    " together: principal components of their standardised post-activations. The colour is the"
+                    " post-activation while sample 1 is thought about; on the right all ticks at once.",
+                    lambda: figures.neurons(*figures.plane(features), sample.post),
+                ),
+                Picture(
+                    "traces", "Neural dynamics",
+                    "Neurons of sample 1, in equal steps from the most to the least variable over ticks. Every trace"
+                    " is scaled to its own range, which is written above it for the post-activation.",
+                    partial(figures.traces, sample.pre, sample.post),
+                ),
+            ]  # fmt: skip
+        if sample.syncs:
+            kinds = {name: (values, seen.decays[name][1]) for name, values in sample.syncs.items()}
+            pictures.append(
+                Picture(
+                    "synchronization", "Synchronization",
+                    "Sample 1: the synchronization of every pair of neurons over the ticks (dashed: the answer), and,"
+                    " where all pairs of some neurons are taken, as a matrix. This is what the model answers with and"
+                    " looks with.",
+                    partial(figures.synchronization, kinds, sample.first + sample.answer),
+                )
+            )  # fmt: skip
+        if seen.decays:
+            pictures.append(
+                Picture(
+                    "decays", "Learned decay rates",
+                    "A pair with decay rate r weighs what happened k ticks ago by exp(-rk): 0 remembers all ticks"
+                    " alike.",
+                    partial(figures.decays, {name: rates for name, (rates, _) in seen.decays.items()}),
+                )
+            )  # fmt: skip
+        return pictures
+
+    def statistics(self, survey: Survey) -> "list[Picture]":
+        """Many samples: accuracy, certainty and calibration, and how long it thinks about what."""
+        from tasks import figures
+        from tasks.figures import Picture
+
+        headline, n = self.headline, survey.n
+        tick, right = survey.values["ticks"], survey.values[headline]
+        ticks = survey.curves["certainty_by_tick"].shape[1]
+        ways = {"": "at this tick", "_most_certain": "most certain so far"}
+        ways |= {"_averaged": "mean so far", "_weighted": "weighted mean so far"}
+        metrics = {}
+        for name, curve in survey.curves.items():
+            name = name.removesuffix("_by_tick")
+            way = next((way for way in ways if way and name.endswith(way)), "")
+            if name != "certainty":
+                metrics.setdefault(name.removesuffix(way).replace("_", " "), {})[ways[way]] = curve
+        pictures = [
+            Picture(
+                "over_ticks", "Accuracy and certainty against ticks",
+                f"{n} test samples. Each tick's own prediction; what the answer would be had thinking ended there: the"
+                " most certain tick's so far, and the mean of all predictions so far, plain and weighted by certainty.",
+                partial(figures.over_ticks, metrics, survey.curves["certainty_by_tick"]),
+            )
+        ]  # fmt: skip
+        if survey.right_by_tick is not None and survey.right_by_tick.shape[1] > 1:
+            pictures.append(
+                Picture(
+                    "positions", f"Which {self.position_name} is right when",
+                    f"{n} test samples: how often each tick's own prediction is right there.",
+                    partial(figures.positions, survey.right_by_tick, self.position_name),
+                )
+            )  # fmt: skip
+        if survey.confidence:
+            pictures.append(
+                Picture(
+                    "calibration", "Calibration",
+                    f"How often what is said with some probability is true, in 15 bins: {n} test samples, every"
+                    " position of an answer counted. The error is the mean distance from the dashed line, weighted by"
+                    " how many predictions there are (expected calibration error).",
+                    partial(figures.calibration, survey.confidence),
+                )
+            )  # fmt: skip
+        if ticks > 1:
+            pictures.append(
+                Picture(
+                    "thinking_time", "Thinking time",
+                    f"The tick at which the answer to each of {n} test samples was given.",
+                    partial(figures.thinking_time, tick, right, ticks, headline),
+                )
+            )  # fmt: skip
+        if survey.difficulty is not None:
+            hard = survey.difficulty
+            pictures.append(
+                Picture(
+                    "difficulty", f"By {self.difficulty_name}",
+                    f"{n} test samples by {self.difficulty_name}; bars are 95 % intervals (Wilson's for shares).",
+                    partial(figures.by_difficulty, hard, tick, right, ticks, self.difficulty_name, headline),
+                )
+            )  # fmt: skip
+        return pictures
 
     # ------------------------------------------------------------------------------------------------------- loaders
     def train_dataloader(self) -> DataLoader:

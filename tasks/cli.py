@@ -26,9 +26,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig
 
 from ctm.checkpoint import arguments, compare, read
+from tasks.analyze import AnalyzingTrainer
 from tasks.run import (
     Checkpoints,
     FileLogger,
+    Media,
     NotFinite,
     Predictions,
     Report,
@@ -45,8 +47,8 @@ from tasks.run import (
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RUNS = Path("runs")
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
-SHORT = {"early_exit": "model.early_exit"}
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "analyze")
+SHORT = {"early_exit": "model.early_exit", "media_every": "media.every"}
 """Keys that may be written without their section."""
 
 
@@ -93,6 +95,9 @@ def spell(words: list[str]) -> list[str]:
         task = next((name for name in map(task_of, reversed(tasks)) if name), None)
         path = find_checkpoint(RUNS, ckpt, task, given.get("run")) if ckpt in ("last", "best") else Path(ckpt)
         checkpoint = read_run_checkpoint(path)
+        theirs = checkpoint["config"].get("task")
+        if task and theirs and task.partition("/")[0] != theirs.partition("/")[0]:
+            raise UserError(f"ckpt_path: {path} is a checkpoint of task={theirs}, not of task={task}")
         say(f"checkpoint: {path} (step {checkpoint['global_step']})")
         rest = [f"--ckpt_path={path.resolve()}" if word.startswith("--ckpt_path=") else word for word in rest]
         if subcommand != "fit" and ckpt in (
@@ -141,8 +146,8 @@ def brought_along(configs: list[str], given: dict[str, str]) -> dict:
 def named_config(name: str, kind: str, folder: Path = CONFIGS) -> str:
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
-        known = [k for k in known if k != "base" and (kind == "overlay" or not k.startswith("overlay"))]
+        known = [p for p in sorted(folder.rglob("*.yaml")) if kind == "overlay" or task_of(str(p))]
+        known = [str(p.relative_to(folder).with_suffix("")) for p in known]
         raise UserError(f"there is no {kind} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return str(path)
 
@@ -162,6 +167,16 @@ def content_of(config: str) -> dict:
     """What `--config` was given: a file, or its content."""
     content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text())
     return content if isinstance(content, dict) else {}
+
+
+def without_classes(config: dict) -> dict:
+    """A configuration as a person writes it: a class's arguments right under its key, beside its name."""
+    plain = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and "class_path" in value:
+            value = {"class": value["class_path"]} | (value.get("init_args") or {})
+        plain[key] = without_classes(value) if isinstance(value, dict) else value
+    return plain
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -289,13 +304,19 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             model_class=None,
+            trainer_class=AnalyzingTrainer,
             parser_kwargs={name: {"default_config_files": [str(CONFIGS / "base.yaml")]} for name in SUBCOMMANDS},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {"analyze": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--task", type=str | None, default=None, help="Name of the task: runs are kept under it.")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run; the time where not given.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Media, "media")
         parser.link_arguments("data", "model.init_args.task", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
@@ -330,9 +351,12 @@ class CLI(LightningCLI):
         checkpoints.folder, checkpoints.config = self.folder / "checkpoints", plain
         checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
         loggers = config.trainer.logger
-        if loggers in (None, True):
+        if self.subcommand == "analyze":
+            kwargs["logger"] = False  # what it finds is in the report
+        elif loggers in (None, True):
             wandb = RunWandbLogger(
-                name=self.folder.name, project="ctm", group=config.get("task"), job_type=self.subcommand,
+                headline=getattr(self.datamodule, "headline", None), name=self.folder.name, project="ctm",
+                group=config.get("task"), job_type=self.subcommand, config=without_classes(plain),
                 save_dir=str(self.folder), id=checkpoints.wandb_id, resume="allow", log_model=False,
             )  # fmt: skip
             loggers = [FileLogger(self.folder, step), wandb]
@@ -341,7 +365,11 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             mine.append(Predictions(self.folder))
         self.trainer_defaults["callbacks"] = mine
-        self.config_init[self.subcommand]["weights_only"] = True
+        if self.subcommand != "analyze":  # reads its checkpoint itself
+            self.config_init[self.subcommand]["weights_only"] = True
+            if content and Path(path).suffix == ".safetensors":  # a model alone: a run from its weights, at step 0
+                self.model.load_state_dict(content["state_dict"])
+                self.config_init[self.subcommand]["ckpt_path"] = None
         if self.subcommand in ("validate", "test"):
             self.config_init[self.subcommand]["verbose"] = False  # Report says it in a line
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
@@ -387,6 +415,12 @@ class CLI(LightningCLI):
         self._before()
 
     def before_predict(self) -> None:
+        self._before()
+
+    def before_analyze(self) -> None:
+        if not self.datamodule.in_ticks:
+            raise UserError("analyze shows how a model thinks tick by tick; this task is not solved in ticks")
+        RunConfig(self._parser("analyze"), self.config["analyze"]).setup(self.trainer, self.model, "analyze")
         self._before()
 
     def _before(self) -> None:

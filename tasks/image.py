@@ -5,7 +5,7 @@ torchvision's own sets, or folders of files, one folder a class.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from ctm.loss import gather_tick
 from ctm.model import Thought
 from tasks.base import Shuffled, Task
 from tasks.metrics import answer_tick
+from tasks.seen import Sample
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W), gray ones as three equal channels, and classes (B,)."""
@@ -288,6 +289,28 @@ class ImageTask(Task):
             answer = gather_tick(thought.predictions, answer_tick(thought.certainty, most_certain))
             values["top5"] = (answer.topk(5).indices == batch[1][:, None]).any(1).float()
         return values
+
+    # -------------------------------------------------------------------------------------------------------- pictures
+    def words(self, sample: Sample) -> tuple[str, str]:
+        return self.classes[int(sample.probabilities[sample.answer].argmax())], self.classes[int(sample.batch[1])]
+
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        mean, std = (np.array(values)[:, None, None] for values in (self.kind.mean, self.kind.std))
+        pixels = (sample.batch[0] * std + mean).clip(0, 1).transpose(1, 2, 0)
+        said, right = self.words(sample)
+        return [
+            figures.Picture(
+                f"{name}-image", f"{right}, taken for {said}" if said != right else f"{right}, known as such",
+                "Where attention looks while the picture is thought about, and the probabilities of the classes that"
+                " are ever likely.",
+                partial(
+                    figures.image, pixels, self.classes, int(sample.batch[1]), sample.probabilities[:, 0],
+                    sample.certainty, sample.answer, sample.attention,
+                ),
+            )
+        ]  # fmt: skip
 
 
 PUBLISHED = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}

@@ -4,7 +4,7 @@ Train, validation and test mazes never share a wall layout, in any orientation: 
 decides which of the three it belongs to (`split_of`).
 """
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ctm.baselines import FeedForward
 from ctm.loss import gather_tick, route_loss
 from ctm.model import Thought
 from tasks.base import Shuffled, Task
-from tasks.mazegen import ALGORITHMS, DOWN, LEFT, MOVES, RIGHT, UP, WAIT, Maze, layout_hash, make_maze
+from tasks.mazegen import ALGORITHMS, DOWN, LEFT, MOVES, RIGHT, UP, WAIT, Maze, follow, layout_hash, make_maze
 from tasks.metrics import answer_tick, classification
+from tasks.seen import Sample, Survey
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, n, n) and routes (B, P)."""
@@ -31,6 +33,11 @@ TURN_LEFT = {UP: LEFT, DOWN: RIGHT, LEFT: DOWN, RIGHT: UP, WAIT: WAIT}
 TURN_RIGHT = {UP: RIGHT, DOWN: LEFT, LEFT: UP, RIGHT: DOWN, WAIT: WAIT}
 MIRROR_COLUMNS = {UP: UP, DOWN: DOWN, LEFT: RIGHT, RIGHT: LEFT, WAIT: WAIT}
 MIRROR_ROWS = {UP: DOWN, DOWN: UP, LEFT: LEFT, RIGHT: RIGHT, WAIT: WAIT}
+
+SMALL = 15
+"""Below this side there are few enough lengths of routes to tell them apart."""
+REAPPLY = 20
+"""How many times an analysis asks about a maze, as published, where the task does not say."""
 
 
 def split_of(walls: np.ndarray) -> str:
@@ -44,9 +51,11 @@ def _split(walls: bytes, size: int) -> str:
     return {8: "val", 9: "test"}.get(tenth, "train")
 
 
-def render(maze: Maze) -> np.ndarray:
-    """(3, n, n) floats in [0, 1]: free white, walls black, start red, goal green."""
+def render(maze: Maze, blue_walls: bool = False) -> np.ndarray:
+    """(3, n, n) floats in [0, 1]: free white, walls black (or blue), start red, goal green."""
     image = np.repeat(~maze.walls[None], 3, axis=0).astype(np.float32)
+    if blue_walls:
+        image[2] = 1
     image[:, maze.start[0], maze.start[1]] = (1, 0, 0)
     image[:, maze.goal[0], maze.goal[1]] = (0, 1, 0)
     return image
@@ -124,7 +133,7 @@ class MazeSet(Dataset):
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         maze = self.maze(position)
-        image, route = render(maze), maze.route
+        image, route = render(maze, self.task.blue_walls), maze.route
         if self.split == "train" and self.task.augment:
             image, route = augment(image, route, Random(f"augment/{self.task.seed}/{position}"))
         if self.task.expand_range:
@@ -213,6 +222,7 @@ class MazeTask(Task):
         lookahead: how many moves beyond the longest right prefix the curriculum of the loss looks.
         augment: quarter turns and flips of training mazes, as published.
         expand_range: pixels in [-1, 1] instead of [0, 1].
+        blue_walls: paints walls blue instead of black, which a model that has not seen it is lost in.
         n_val: validation mazes, where they are made.
         n_test: test mazes, where they are made.
         root: folder of PNG mazes in the published format (`train/` and `test/` under it) to use instead; layouts of
@@ -226,6 +236,8 @@ class MazeTask(Task):
 
     headline = "reached"
     lstm_answers_last = True
+    difficulty_name = "route length (moves)"
+    position_name = "move"
 
     def __init__(
         self,
@@ -242,6 +254,7 @@ class MazeTask(Task):
         batch_size: int = 64,
         eval_batch_size: int = 250,
         num_workers: int = 0,
+        blue_walls: bool = False,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if size % 2 == 0 or size < 9:
@@ -251,7 +264,8 @@ class MazeTask(Task):
         self.at_least(route_length=(route_length, 1), lookahead=(lookahead, 1), n_val=(n_val, 1), n_test=(n_test, 1))
         self.at_least(reapply=(reapply, 0))
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
-        self.augment, self.expand_range, self.n_val, self.n_test = augment, expand_range, n_val, n_test
+        self.augment, self.expand_range, self.blue_walls = augment, expand_range, blue_walls
+        self.n_val, self.n_test = n_val, n_test
         self.root, self.reapply = Path(root).expanduser() if root else None, reapply
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
         self.sets: dict[str, MazeSet] = {}
@@ -309,24 +323,26 @@ class MazeTask(Task):
             **{name.replace("accuracy", "step_accuracy"): value for name, value in values.items()},
         }
 
-    @torch.no_grad()
     def test_metrics(self, model: nn.Module, batch: Batch, most_certain: bool) -> dict[str, Tensor]:
+        """Re-application, where it is asked for."""
+        return self.apply_again(model, batch[0], most_certain, self.reapply) if self.reapply else {}
+
+    @torch.no_grad()
+    def apply_again(self, model: nn.Module, images: Tensor, most_certain: bool, times: int) -> dict[str, Tensor]:
         """Re-application, as published: follow the route, leaving out up to two moves into walls; start again from the
-        last place on it that was no start before; until the goal is passed."""
-        if not self.reapply:
-            return {}
-        images, device = batch[0].clone(), batch[0].device
+        last place on it that was no start before; until the goal is passed, or it was asked so many times."""
+        images, device = images.clone(), images.device
         walls, place, goal = self.read_image(images)
         high, low = 1.0, -1.0 if self.expand_range else 0.0
-        reached, times = torch.zeros_like(place, dtype=torch.bool), torch.zeros_like(place)
+        reached, asked = torch.zeros_like(place, dtype=torch.bool), torch.zeros_like(place)
         was_start = F.one_hot(place, walls[0].numel()).bool()
         going = torch.arange(len(images), device=device)
-        for _ in range(self.reapply):
+        for _ in range(times):
             thought = model(images[going])
             answer = gather_tick(thought.predictions, answer_tick(thought.certainty, most_certain))
             moves = rearrange(answer, "b (p k) -> b p k", k=5).argmax(-1)
             places = walk(walls[going], place[going], moves, tolerance=2)
-            times[going] += 1
+            asked[going] += 1
             arrived = (places == goal[going, None]).any(1)
             reached[going] = arrived
             new = ~was_start[going].gather(1, places)
@@ -339,11 +355,34 @@ class MazeTask(Task):
             pixels[going, :, place[going]] = high  # the old start is free floor now, the new one red
             pixels[going, :, end] = images.new_tensor([high, low, low])
             place[going], was_start[going, end] = end, True
-        return {"reapply_reached": reached.float(), "reapplications": times.float()}
+        return {"reapply_reached": reached.float(), "reapplications": asked.float()}
+
+    @torch.no_grad()
+    def explore(self, model: nn.Module, most_certain: bool) -> dict[str, tuple[np.ndarray, ...]]:
+        """Re-application on mazes of this size, and on larger ones: length of the route, reached at once, and again."""
+        found, device = {}, next(model.parameters()).device
+        fixed = isinstance(model.net, FeedForward) and not model.net.config.pool
+        for size, n in ((self.size, 128), (2 * self.size - 1, 64)):
+            if fixed and size != self.size:
+                continue
+            rng = Random(f"explore/{size}")
+            mazes = [make_maze(size, rng, self.algorithm, lambda walls: split_of(walls) == "test") for _ in range(n)]
+            images = torch.from_numpy(np.stack([render(maze, self.blue_walls) for maze in mazes])).to(device)
+            images = 2 * images - 1 if self.expand_range else images
+            walls, start, goal = self.read_image(images)
+            thought = model(images)
+            answer = gather_tick(thought.predictions, answer_tick(thought.certainty, most_certain))
+            moves = rearrange(answer, "b (p k) -> b p k", k=5).argmax(-1)
+            once = (walk(walls, start, moves) == goal[:, None]).any(1).float()
+            again = self.apply_again(model, images, most_certain, self.reapply or REAPPLY)["reapply_reached"]
+            length = np.array([len(maze.route) for maze in mazes])
+            found[f"{size}x{size}"] = length, once.cpu().numpy(), again.cpu().numpy()
+        return found
 
     def difficulty(self, batch: Batch) -> Tensor:
-        """Moves from start to goal, rounded down to tens."""
-        return distance(*self.read_image(batch[0])) // 10 * 10
+        """Moves from start to goal, rounded down to tens; in small mazes as they are."""
+        moves = distance(*self.read_image(batch[0]))
+        return moves // 10 * 10 if self.size >= SMALL else moves
 
     def read_image(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Walls (B, n, n) bool, start and goal (B,) as flat places."""
@@ -351,7 +390,47 @@ class MazeTask(Task):
         return ~(red | green), (red & ~green).flatten(1).int().argmax(1), (green & ~red).flatten(1).int().argmax(1)
 
     # ------------------------------------------------------------------------------------------------------- pictures
-    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
-        from tasks.figures import maze_gif
+    def words(self, sample: Sample) -> tuple[str, str]:
+        """Moves as arrows, waiting left out."""
 
-        return [maze_gif(self, model, folder / "test_maze.gif")]
+        def arrows(moves: np.ndarray) -> str:
+            return "".join("↑↓←→ "[int(move)] for move in moves).strip()
+
+        return arrows(sample.probabilities[sample.answer].argmax(-1)), arrows(sample.batch[1])
+
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        walls, start, goal = (part[0].numpy() for part in self.read_image(torch.from_numpy(sample.batch[0])[None]))
+        n = len(walls)
+        start, goal = divmod(int(start), n), divmod(int(goal), n)
+        routes = [follow(walls, start, moves.tolist()) for moves in sample.probabilities.argmax(-1)]
+        right = follow(walls, start, sample.batch[1].astype(int).tolist())
+        result = "reached" if sample.values["reached"] else "not reached"
+        return [
+            figures.Picture(
+                f"{name}-maze", f"A maze of {n}x{n}, {result}",
+                f"The goal (star) is {len(right) - 1} moves from the start (dot). Left the route as it is predicted at"
+                " each tick, up to the first wall it runs into; middle where attention looks, walls in grey.",
+                partial(
+                    figures.maze, walls, start, goal, right, routes, sample.certainty, sample.answer, sample.attention
+                ),
+            )
+        ]  # fmt: skip
+
+    def statistics(self, survey: Survey) -> list:
+        from tasks import figures
+
+        sets = survey.more
+        if not sets:
+            return super().statistics(survey)
+        return [
+            *super().statistics(survey),
+            figures.Picture(
+                "reapplication", "Going on from where the route ended",
+                f"The model is asked again and again, each time with the start where its last route ended, at most"
+                f" {self.reapply or REAPPLY} times: so it can go beyond the {self.route_length} moves it predicts at"
+                " one look, and through mazes larger than it was trained on. Bars are 95 % intervals.",
+                partial(figures.reapplication, sets, self.route_length),
+            ),
+        ]  # fmt: skip

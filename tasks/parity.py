@@ -4,15 +4,16 @@ Training, validation and test sequences are never the same ones: a hash of the s
 """
 
 import zlib
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from ctm.loss import route_loss
+from ctm.loss import beginning_loss
 from ctm.model import Thought
 from tasks.base import Task
+from tasks.seen import Sample
 
 Batch = tuple[Tensor, Tensor]
 """Sequences (B, L) of -1.0 and 1.0, and cumulative parities (B, L), 1 for odd."""
@@ -49,8 +50,8 @@ class ParityTask(Task):
 
     Args:
         length: of a sequence, at least 8.
-        lookahead: how many places beyond the longest right beginning the loss looks, the curriculum of routes; null for
-            all places, as published.
+        lookahead: how many places beyond those that are nearly always right the loss looks, a curriculum; null for all
+            places, as published.
         n_val: validation sequences.
         n_test: test sequences.
         batch_size: training sequences of a step, per process.
@@ -60,6 +61,8 @@ class ParityTask(Task):
 
     headline = "solved"
     lstm_answers_last = True
+    difficulty_name = "number of flips (bits of -1)"
+    position_name = "place in the sequence"
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class ParityTask(Task):
     def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
         if self.lookahead is None:
             return super().loss(thought, batch, most_certain)
-        return route_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
+        return beginning_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
 
     def difficulty(self, batch: Batch) -> Tensor:
         """How often the parity flips."""
@@ -93,7 +96,22 @@ class ParityTask(Task):
     def describe(self) -> str:
         return f"parity of {self.length} bits, train, val and test sequences kept apart by a hash"
 
-    def figures(self, model: nn.Module, folder: Path) -> list[Path]:
-        from tasks.figures import accuracy_map
+    def words(self, sample: Sample) -> tuple[str, str]:
+        said = sample.probabilities[sample.answer].argmax(-1)
+        return "".join(map(str, said)), "".join(str(int(odd)) for odd in sample.batch[1])
 
-        return [accuracy_map(self, model, folder / "test_accuracy.png", "place in the sequence")]
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        said, right = self.words(sample)
+        wrong = sum(a != b for a, b in zip(said, right, strict=True))
+        return [
+            figures.Picture(
+                f"{name}-parity", f"{self.length} bits, {wrong or 'none'} of the parities wrong",
+                "Which bits are attended to at each tick, downwards, and what is said of the parity at each place.",
+                partial(
+                    figures.parity, sample.batch[0] < 0, sample.batch[1], sample.probabilities[..., 1],
+                    sample.certainty, sample.answer, sample.attention,
+                ),
+            )
+        ]  # fmt: skip

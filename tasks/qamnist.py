@@ -5,7 +5,7 @@ first, minus the second". What was seen has to be kept until it is asked for.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from torchvision import datasets
 from ctm.encoders import QAMNIST
 from tasks.base import Task
 from tasks.image import KINDS, embedded_digits, stratified
+from tasks.seen import Sample
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Digits (B, N, 1, 32, 32), question (B, 2 O + 1) of indices and operators by turns, answers (B,)."""
@@ -108,6 +109,7 @@ class QAMNISTTask(Task):
     """
 
     lstm_answers_last = True
+    difficulty_name = "number of operations"
     lstm_encoder = {"project_question": True}
     refused = {
         "ff": "digits and question come one after the other, and a feed-forward net has one tick; take ctm or lstm"
@@ -183,6 +185,30 @@ class QAMNISTTask(Task):
         source = f"MNIST in {self.root}" if self.mnist else "scikit-learn's digits"
         (n, operations), count = self.amounts[-1], len(self.digits["train"][1])
         return f"questions on 1 to {n} digits with 1 to {operations} operations, {source}, {count:,} to train on"
+
+    # -------------------------------------------------------------------------------------------------------- pictures
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        digits, question, target = sample.batch
+        signs = {PLUS: "+", MINUS: "-"}
+        words = " ".join(f"d{int(part)}" if i % 2 == 0 else signs[int(part)] for i, part in enumerate(question))
+        mean, std = self.normalisation
+        said, right = self.words(sample)
+        looked = None
+        if sample.attention is not None:  # every digit is shown for equally many ticks
+            looked = np.stack([part.mean(0) for part in np.array_split(sample.attention, len(digits))])
+        return [
+            figures.Picture(
+                f"{name}-question", f"{words} modulo 10: {said}" + ("" if said == right else f", not {right}"),
+                "The digits d0, d1, … as they are shown one after the other, with attention in the mean of ticks and"
+                " heads below; then the question is heard; then the answer is given.",
+                partial(
+                    figures.question, (digits[:, 0] * std + mean).clip(0, 1), words, int(target),
+                    sample.probabilities[:, 0], sample.certainty, sample.answer, sample.first, looked,
+                ),
+            )
+        ]  # fmt: skip
 
 
 def enlarged(images: np.ndarray) -> Tensor:

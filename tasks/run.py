@@ -2,6 +2,7 @@
 
     runs/<task>/<name>/   config.yaml   checkpoints/{last,best}.ckpt   metrics.csv   curves.csv   test.json
                           difficulty.csv   media/   wandb/
+                          media/test/ the test, media/step-N/ validation samples while it trained
 
 Everything in metrics.csv and curves.csv follows from the configuration alone: two equal runs have equal files, a
 resumed run those of an uninterrupted one. What depends on the machine (speed) goes to the progress bar and to W&B.
@@ -15,6 +16,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,23 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoi
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 
 from ctm.checkpoint import read
+from tasks.seen import Sample, Seen, learned_decays, of_split, spread, survey, telling, watch
 
 CURVE = "_by_tick/"
 """Metrics named NAME_by_tick/001, 002, ... are the points of one curve over ticks."""
+STEP = "trainer/global_step"
+"""The axis of everything in W&B, by Lightning's name for it."""
 
 
 class UserError(Exception):
@@ -54,6 +68,26 @@ def say(text: str) -> None:
     """A line to the person, from the first process only."""
     if rank_zero_only.rank == 0:
         print(text, flush=True)
+
+
+def progress(steps: list, what: str) -> Iterator:
+    """Goes through steps and shows how far it is, where somebody looks."""
+    console = Console()
+    hidden = not console.is_terminal or rank_zero_only.rank != 0
+    return track(steps, what, console=console, disable=hidden, transient=True)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """What is imported in it can draw.
+
+    Raises:
+        UserError: where Matplotlib or Pillow cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"figures need Matplotlib and Pillow ({error}): pip install matplotlib pillow") from error
 
 
 def write_aside(path: Path, write) -> None:
@@ -143,16 +177,33 @@ class FileLogger(Logger):
 
 
 class RunWandbLogger(WandbLogger):
-    """W&B, with curves over ticks as one chart each instead of a scalar a tick."""
+    """W&B, so that a new workspace is a dashboard: a section for each of train, val, test, optim, speed and samples,
+    everything over training steps, curves over ticks as one chart each instead of a scalar a tick.
 
-    def __init__(self, **kwargs):
+    Args:
+        headline: the task's metric; a run's summary has its best value in validation, not its last.
+    """
+
+    def __init__(self, headline: str | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.headline, self.defined = headline, False
         self._wandb_init.pop("anonymous", None)  # Lightning passes it always, W&B warns of it always
+
+    def define_metrics(self) -> None:
+        """Axes and summaries. Lightning has made `trainer/global_step` the axis of everything."""
+        self.defined, run = True, self.experiment
+        run.define_metric("epoch", hidden=True)
+        run.define_metric("train/loss", step_metric=STEP, summary="min")
+        run.define_metric("val/loss", step_metric=STEP, summary="min")
+        if self.headline:
+            run.define_metric(f"val/{self.headline}", step_metric=STEP, summary="max")
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         import wandb
 
+        if not self.defined:
+            self.define_metrics()
         scalars = {name: value for name, value in metrics.items() if CURVE not in name}
         curves: dict[str, list] = {}
         for name, value in metrics.items():
@@ -165,14 +216,19 @@ class RunWandbLogger(WandbLogger):
         super().log_metrics(scalars, step)
 
     @rank_zero_only
-    def log_file(self, name: str, path: Path) -> None:
-        """A picture or an animation."""
+    def log_media(self, section: str, paths: list[Path], rows: list[dict], step: int) -> None:
+        """Pictures and animations, and a table of the samples in them."""
         import wandb
 
-        moving = path.suffix in (".gif", ".mp4")
-        self.experiment.log(
-            {name: wandb.Video(str(path), format=path.suffix[1:]) if moving else wandb.Image(str(path))}
-        )
+        content = {STEP: step}
+        for path in paths:
+            moving = path.suffix == ".gif"
+            content[f"{section}/{path.stem}"] = (
+                wandb.Video(str(path), format="gif") if moving else wandb.Image(str(path))
+            )
+        if rows:
+            content[f"{section}/table"] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+        self.experiment.log(content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +424,9 @@ class RunProgress(ProgressBar):
         if step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_metrics({"speed/steps_per_second": speed}, step=step - 1)
+                    samples = len(batch[0]) * trainer.world_size * trainer.accumulate_grad_batches
+                    rates = {"speed/steps_per_second": speed, "speed/samples_per_second": speed * samples}
+                    logger.log_metrics(rates, step=step - 1)
         if self.bar is not None:
             shown = {
                 k.removeprefix("train/"): v for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float)
@@ -412,8 +470,8 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
-        cost = getattr(pl_module, "cost", {})
-        content = {"n": n, "checkpoint": str(trainer.ckpt_path), **metrics, **seconds, **cost}
+        headline, cost = trainer.datamodule.headline, getattr(pl_module, "cost", {})
+        content = {"n": n, "checkpoint": str(trainer.ckpt_path), "headline": headline, **metrics, **seconds, **cost}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()
@@ -421,14 +479,8 @@ class Report(Callback):
             writer.writeheader()
             writer.writerows(rows)
             write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
-        media = self.folder / "media"
-        media.mkdir(exist_ok=True)
-        for path in trainer.datamodule.figures(pl_module.model, media):
-            for logger in trainer.loggers:
-                if isinstance(logger, RunWandbLogger):
-                    logger.log_file(f"test/{path.stem}", path)
-            say(f"picture: {path}")
-        headline = trainer.datamodule.headline
+        if trainer.datamodule.in_ticks:
+            self.show(trainer, pl_module)
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
@@ -436,6 +488,75 @@ class Report(Callback):
         for prefix, where in (("", "the same samples"), ("old_", "what the base was trained for")):
             if (before := metrics.get(f"test/{prefix}before_{headline}")) is not None:
                 say(f"{headline}, {where}: {before:.1%} before, {metrics[f'test/{prefix}{headline}']:.1%} after")
+
+    def show(self, trainer: Trainer, pl_module: LightningModule, among: int = 100) -> None:
+        """The hardest test sample that is solved, among some, being solved; all the rest is `analyze`'s."""
+        task = trainer.datamodule
+        samples = of_split(task, "test", spread(task, "test", among))
+        [hardest] = telling(survey(pl_module, samples), task.headline, 1)
+        seen = Seen(watch(pl_module, [samples[hardest]]), {})
+        show(trainer, seen, task.solving(seen.samples[0], "sample"), "test")
+
+
+class Media(Callback):
+    """Shows how the same validation samples are thought about, again and again while the model learns.
+
+    Pictures go to media/step-N/ in the run's folder and to W&B, with a table of the samples. Nothing else changes: no
+    random number is drawn, and no metric.
+
+    Args:
+        every: steps from one time to the next; 0 for never.
+        samples: how many.
+    """
+
+    def __init__(self, every: int = 1000, samples: int = 2):
+        if every < 0 or samples < 1:
+            raise ValueError(f"media.every={every} must be at least 0, media.samples={samples} at least 1")
+        self.every, self.samples, self.done = every, samples, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
+        step = trainer.global_step
+        if not trainer.datamodule.in_ticks:
+            return
+        if not self.every or step % self.every or step == self.done or not trainer.is_global_zero:
+            return
+        self.done, task = step, trainer.datamodule
+        seen = Seen(watch(pl_module, self.chosen(task)), learned_decays(pl_module.model))
+        show(trainer, seen, task.figures(seen), f"step-{step:07}")
+
+    def chosen(self, task) -> list:
+        return of_split(task, "val", spread(task, "val", self.samples))
+
+
+def show(trainer: Trainer, seen: Seen, pictures: list, where: str) -> None:
+    """Draws pictures into media/`where` and sends them to W&B. A picture that fails is said, and stops no training."""
+    folder = Path(trainer.default_root_dir) / "media" / where
+    try:
+        with drawing():
+            from tasks import figures
+    except UserError as error:
+        return say(f"no pictures: {error}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [figures.write(picture, folder).path for picture in pictures]
+    rows = sample_rows(trainer.datamodule, seen.samples)
+    for logger in trainer.loggers:
+        if isinstance(logger, RunWandbLogger):
+            section = "test" if where == "test" else "samples"
+            logger.log_media(section, paths, rows, max(0, trainer.global_step - 1))
+    say(f"pictures: {folder}")
+
+
+def sample_rows(task, samples: list[Sample]) -> list[dict[str, Any]]:
+    """What was said of each sample: rows of a table."""
+    rows = []
+    for i, sample in enumerate(samples, start=1):
+        said, right = task.words(sample)
+        values = {name: round(sample.values[name], 4) for name in (task.headline, "certainty", "ticks")}
+        rows.append({"sample": i, "prediction": said, "right answer": right} | values)
+    return rows
 
 
 class Predictions(BasePredictionWriter):

@@ -4,6 +4,7 @@ The answer is a sequence of symbols over ticks, learned by connectionist tempora
 index of a number, or the blank.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from ctm.loss import ctc_loss
 from ctm.model import Thought
 from tasks.base import Task
+from tasks.seen import Sample
 
 Batch = tuple[Tensor, Tensor]
 """Numbers (B, N) and the indices that sort them (B, N)."""
@@ -77,6 +79,7 @@ class SortTask(Task):
 
     headline = "solved"
     refused = {"ff": "sorting is said one number a tick, and a feed-forward net has one tick; take ctm or lstm"}
+    difficulty_name = "smallest gap (halvings of 1)"
     no_early_exit = "the answer of sorting is what is said at all ticks"
 
     def __init__(
@@ -128,3 +131,22 @@ class SortTask(Task):
 
     def describe(self) -> str:
         return f"sorting {self.n} normally distributed numbers"
+
+    def words(self, sample: Sample) -> tuple[str, str]:
+        said = greedy(torch.from_numpy(sample.probabilities[None, :, 0]), self.n).symbols[0].tolist()
+        return " ".join(str(i) for i in said if i >= 0), " ".join(str(int(i)) for i in sample.batch[1])
+
+    def solving(self, sample: Sample, name: str) -> list:
+        from tasks import figures
+
+        result = "right" if sample.values["solved"] else f"{sample.values['accuracy']:.0%} of the places right"
+        return [
+            figures.Picture(
+                f"{name}-sort", f"{self.n} numbers sorted, {result}",
+                "The probability of every number's index, in the right order from below, at each tick; on top the"
+                " blank, which says nothing.",
+                partial(
+                    figures.sorting, sample.batch[0], sample.batch[1].astype(int), sample.probabilities[:, 0]
+                ),
+            )
+        ]  # fmt: skip

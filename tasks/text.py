@@ -140,7 +140,7 @@ def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.randint(4, 6), "math")
+    return _numbers(rng, rng.choices((2, 3, 4, 5, 6), (2, 1, 1, 3, 3))[0], "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
@@ -169,7 +169,7 @@ class Proof:
 def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
     """From the start several chains of equal length lead away, one of them to the goal: forwards, the first step has
     to be chosen with the end in view; backwards, there is never a choice."""
-    chains, length = rng.choice(((1, 2), (2, 2), (2, 2), (2, 3), (3, 2)))
+    chains, length = rng.choice(((1, 2), (2, 2), (2, 3), (3, 2), (3, 3)))
     start, *rest = rng.sample(names, 1 + chains * length)
     paths = [[start, *rest[i * length : (i + 1) * length]] for i in range(chains)]
     rules = [step for path in paths for step in pairwise(path)]
@@ -183,7 +183,7 @@ def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
 
 
 def _logic(rng: random.Random) -> tuple[str, Sample]:
-    return _proof(rng, "abcdefgh", "logic")
+    return _proof(rng, "abcdefghij", "logic")
 
 
 def _digits(rng: random.Random) -> tuple[str, Sample]:
@@ -254,7 +254,7 @@ def _values(operations: list[Operation]) -> str:
 def _code(rng: random.Random) -> tuple[str, Sample]:
     operations = _operations(rng, rng.choices((1, 2, 3), (2, 10, 8))[0])
     prompt = _phrase(operations, "x:")
-    large = abs(_after(operations, 0)) > 9  # than which numbers most people do not simplify
+    large = abs(_after(operations, 0)) > 12  # than which numbers most people do not simplify
     in_steps = rng.random() < (1 - LESS_USUAL if large else LESS_USUAL)
     target = _steps(operations) if in_steps else _simplified(operations)
     return prompt, Sample(prompt, "code", target, Program(Line(), _values(operations)))
@@ -418,6 +418,8 @@ class TextTask(Task):
         num_workers: processes that make training samples; 0 makes them in the main process.
         allow_code_execution: whether what the model writes may be run, in a sandbox. The domain code needs it.
     """
+
+    in_ticks = False
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ def ok(process) -> str:
 
 
 def test_a_run_its_folder_and_its_continuation(train, tmp_path):
-    printed = ok(train(*TINY, "run=whole", "trainer.max_steps=12"))
+    printed = ok(train(*TINY, "run=whole", "trainer.max_steps=12", "media_every=10"))  # which changes nothing else
     whole = tmp_path / "runs/maze/whole"
     assert "of 16 unseen test samples" in printed and "0.0% of routes are longer" in printed
     assert {p.name for p in whole.iterdir()} >= {
@@ -68,8 +68,9 @@ def test_a_run_its_folder_and_its_continuation(train, tmp_path):
         "test.json",
     }
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    with Image.open(whole / "media/test_maze.gif") as gif:
-        assert 1 <= gif.n_frames <= 3, "up to the most certain tick"
+    with Image.open(whole / "media/test/sample-maze.gif") as gif:
+        assert gif.n_frames == 3, "one a tick"
+    assert {p.name for p in (whole / "media").iterdir()} == {"step-0000010", "test"}
     rows = list(csv.DictReader((whole / "metrics.csv").open()))
     assert [row["step"] for row in rows if row["val/reached"]] == ["3", "7", "11"]
     assert [row["step"] for row in rows if row["train/loss"]] == ["2", "5", "8", "11"]
@@ -142,21 +143,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
         )
     else:
         assert "nothing had been saved yet" in line
-
-
-def test_wandb_is_offline_by_default(train, tmp_path):
-    ok(
-        train(
-            *TINY,
-            "run=w",
-            "overlay=fast",
-            "trainer.max_steps=1",
-            WANDB_MODE=None,
-            WANDB_API_KEY=None,
-            HOME=str(tmp_path),
-        )
-    )
-    assert list((tmp_path / "runs/maze/w/wandb").glob("offline-run-*"))
 
 
 # ------------------------------------------------------------------------------------------------------ unit by unit
@@ -273,6 +259,18 @@ def test_repeat_over_seeds(train, tmp_path):
     printed = ok(train("repeat", *TINY, "overlay=fast", "trainer.max_steps=2", "seeds=0,1", "run=r"))
     values = [json.loads((tmp_path / f"runs/maze/r-seed{k}/test.json").read_text())["test/loss"] for k in (0, 1)]
     assert values[0] != values[1] and f"({values[0]:.4f}, {values[1]:.4f})" in printed and "±" in printed
+
+
+@pytest.mark.slow
+def test_repeat_over_a_grid(train, tmp_path):
+    sweep = {"command": ["${env}", "overlay=fast"], "parameters": {"model.ctm.ticks": {"values": [2, 3]}}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep | {"program": "train.py"}))
+    printed = ok(train("repeat", "sweep=sweep.yaml", *(w for w in TINY if "ticks" not in w), "seeds=0", "run=g"))
+    rows = list(csv.DictReader((tmp_path / "runs/maze/g.csv").open()))
+    assert [(row["model.ctm.ticks"], row["seed"]) for row in rows] == [("2", "0"), ("3", "0")]
+    assert (tmp_path / "runs/maze/g-ticks=3-seed0/test.json").exists() and "ticks=2 " in printed
+    again = train("repeat", "sweep=sweep.yaml", *(w for w in TINY if "ticks" not in w), "seeds=0", "run=g")
+    assert again.returncode == 2 and "runs/maze/g.csv exists already" in again.stderr
 
 
 @pytest.mark.slow

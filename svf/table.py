@@ -38,7 +38,10 @@ class Method:
 
 
 LORA = ("model.adapter=peft.LoraConfig", "model.adapter.r=16", "model.adapter.lora_alpha=32")
-IA3 = ("model.adapter=peft.IA3Config", "model.adapter.target_modules=null")
+IA3 = (
+    "model.adapter=peft.IA3Config", "model.adapter.target_modules=[k_proj,v_proj,down_proj]",
+    "model.adapter.feedforward_modules=[down_proj]",
+)  # fmt: skip
 METHODS = {
     "SVF, reward": Method((), (3e-3, 1e-2, 3e-2, 1e-1), 5),
     "LoRA r16, reward": Method(LORA, (3e-4, 1e-3, 3e-3, 1e-2), 5),

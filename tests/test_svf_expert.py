@@ -51,7 +51,7 @@ def test_a_run_trains_an_expert_and_says_what_it_gained(train, tmp_path):
     assert test["test/gain"] == pytest.approx(test["test/accuracy"] - test["test/before_accuracy"], abs=1e-6)
     assert test["test/logic"] == pytest.approx(sum(a["right"] for a in answers if a["domain"] == "logic") / 30)
     assert test["trainable"] == 3584 and math.isfinite(test["seconds"]) and test["trained_per_second"] > 0
-    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    header, *_ = (run / "metrics.csv").read_text().splitlines()
     for name in ("reward", "kl", "entropy", "length", "clipped", "loss"):
         assert f"train/{name}" in header.split(",")
     # the expert is small, belongs to the base as anybody loads it, and does something

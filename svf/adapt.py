@@ -303,9 +303,10 @@ def _constrained(generator: Generator, start: Prefill, weights: Tensor, answers:
 class FewShot:
     """One mixture for all requests, the one that answers a few examples best: a search over the weights of experts.
 
-    A candidate's score is the share of examples that it answers rightly; ties go to the one that is surer of its right
-    answers (the mean probability of a token of them, 0 for wrong answers), then to the one seen first. The first ones
-    are the base and every single expert. A population is a batch: one row for every candidate and example.
+    A candidate's score is the share of examples that it answers rightly. Ties go to the base, which is left only for
+    more right answers, then to the candidate that is surer of its right ones (the mean probability of a token of them,
+    0 for wrong ones), then to the one seen first. The first ones are the base and every single expert. A population is
+    a batch: one row for every candidate and example.
     """
 
     examples: Sequence[Any]
@@ -356,9 +357,14 @@ class FewShot:
             whole[..., columns] = candidates.view(len(candidates), layers, len(names))
             return whole if self.per_layer else whole[:, 0]
 
+        def evaluate(candidates: Tensor) -> list[search.Score]:
+            whole = mixtures(candidates)
+            found = zip(whole, self.scores(adaptive, whole), strict=True)
+            return [(right, sure if mixture.any() else 1.0) for mixture, (right, sure) in found]
+
         corners = torch.cat([torch.zeros(1, len(names)), torch.eye(len(names))])
         found = search.maximize(
-            lambda candidates: self.scores(adaptive, mixtures(candidates)),
+            evaluate,
             first=corners.repeat(1, layers),
             mean=torch.full((layers * len(names),), 1 / len(names)),
             method=self.method,

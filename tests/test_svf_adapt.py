@@ -573,6 +573,15 @@ def test_a_population_scores_as_candidate_by_candidate(library, generator):
     assert together[4][0] == 1.0 and 0 < together[4][1] < 1
 
 
+def test_the_base_is_left_only_for_more_right_answers(library):
+    every = FewShot([("3+4=", lambda text: True)], generations=3, max_new_tokens=3, progress=False)
+    found = every.fit(made(library, "base"))
+    assert not found.best.any() and found.score == (1.0, 1.0)
+    assert max(every.scores(made(library, "base"), torch.eye(4)))[1] < 1
+    route = made(library, every).route(["x"])[0]
+    assert route.reason == "1 of 1 examples right: the base" and not route.weights.any()
+
+
 def test_equal_answers_are_checked_once(library):
     calls = []
 

@@ -175,10 +175,10 @@ def draw_certainty(
     axes.plot(ticks, certainty_T, color=BLUE, alpha=0.25, marker="." if len(ticks) < 16 else None)
     (line,) = axes.plot([], [], color=BLUE, lw=2, marker="." if len(ticks) < 16 else None, animated=moves)
     axes.plot(ticks[answer], certainty_T[answer], "o", ms=9, mfc="none", mec=VERMILLION, mew=1.8, label="answer")
-    now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=moves)
+    now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=True)
     axes.set(ylim=(-0.04, 1.04), ylabel="certainty (0 to 1)", title="How certain it is")
     whole_ticks(axes, int(ticks[-1]))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if certainty_T[-1] > 0.5 else "upper right")
 
     def to(tick: int) -> None:
         line.set_data(ticks[: tick + 1], certainty_T[: tick + 1])
@@ -479,11 +479,12 @@ def question(
             if column >= n:
                 axes.set_visible(False)
                 continue
-            axes.imshow(digits[column], cmap="gray", extent=(0, 1, 1, 0))
+            faint = 0.55 + 0.45 * digits[column] if row else digits[column]
+            axes.imshow(faint, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
             if row == 1:
                 weights = map_of(attention_NHS[column].mean(0))
-                axes.imshow(weights, cmap="magma", alpha=0.75, extent=(0, 1, 1, 0), interpolation="bilinear")
-            axes.set_title(f"digit {column}" if row == 0 else "attention", fontsize=8, loc="center", pad=2)
+                axes.imshow(weights, cmap=VEIL, vmin=0, extent=(0, 1, 1, 0), interpolation="bilinear")
+            axes.set_title(f"digit d{column}" if row == 0 else "attention", fontsize=8, loc="center", pad=2)
     heat, chart = below.subplots(1, 2, width_ratios=[3, 2])
     ticks = len(probabilities_TK)
     drawn = heat.imshow(

@@ -533,9 +533,8 @@ def traces(pre_TD: np.ndarray | None, post_TD: np.ndarray, rows: int = 7, column
             lines.append(np.stack([column + x, row + 0.62 * (trace - trace.min()) / span], axis=-1))
         axes.add_collection(LineCollection(lines, colors=colour, lw=1.1 if ticks > 12 else 1.4, label=label))
     for neuron, (column, row) in zip(chosen, place, strict=True):
-        low, high = post_TD[:, neuron].min(), post_TD[:, neuron].max()
         axes.text(column, row + 0.68, f"{neuron}", fontsize=7.5, color="#444444", weight="bold")
-        axes.text(column + 0.86, row + 0.68, f"{low:.2g} to {high:.2g}", fontsize=7, color=BLUE, ha="right")
+        axes.text(column + 0.86, row + 0.68, f"{np.ptp(post_TD[:, neuron]):.2g}", fontsize=7.5, color=BLUE, ha="right")
     used = -(-len(chosen) // columns)
     axes.set(xlim=(-0.05, columns - 0.09), ylim=(-used + 0.72, 1.02))
     axes.set_title(

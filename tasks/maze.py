@@ -233,7 +233,6 @@ class MazeTask(Task):
 
     headline = "reached"
     lstm_answers_last = True
-    difficulty_name = "route length (moves)"
     position_name = "move"
 
     def __init__(
@@ -263,6 +262,7 @@ class MazeTask(Task):
         self.augment, self.expand_range, self.n_val, self.n_test = augment, expand_range, n_val, n_test
         self.root, self.reapply = Path(root).expanduser() if root else None, reapply
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
+        self.difficulty_name = "route length (moves" + (")" if size < SMALL else ", rounded down to tens)")
         self.sets: dict[str, MazeSet] = {}
         if self.root:
             for part in ("train", "test"):

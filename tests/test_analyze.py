@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from sklearn.decomposition import PCA
+from test_compat import MAZE, released
 from torchmetrics.functional.classification import binary_calibration_error
 
-from ctm import record
+from ctm import compat, record
 from ctm.baselines import LSTM, LSTMConfig
 from ctm.model import CTM, CTMConfig
 from tasks import analyze, cli, figures, repeat
@@ -278,6 +279,20 @@ def test_analyze_on_the_command_line(monkeypatch, tmp_path, capsys):
         with pytest.raises(UserError, match="is a checkpoint of task=maze, not of task=parity"):
             cli.spell([subcommand, "task=parity", f"ckpt_path={checkpoint}"])
     assert cli.spell(["analyze", "task=maze/ablation", f"ckpt_path={checkpoint}"])[0] == "analyze"
+
+
+def test_a_converted_checkpoint_is_analyzed(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    torch.save(released(compat.export(compat.build("ctm", MAZE))), tmp_path / "old.pt")
+    compat.convert(tmp_path / "old.pt", tmp_path / "new.ckpt")
+    monkeypatch.setattr("tasks.maze.REAPPLY", 1)
+    monkeypatch.setattr("tasks.maze.MazeTask.figures", lambda self, seen: self.solving(seen.samples[0], "sample-1"))
+    words = ["analyze", "task=maze", "ckpt_path=new.ckpt", "n=3", "shown=1", "run=c"]
+    monkeypatch.chdir(tmp_path)
+    run(words, monkeypatch, tmp_path)
+    with Image.open(tmp_path / "runs/maze/c/media/sample-1-maze.gif") as gif:
+        assert gif.n_frames == MAZE["iterations"]
+    assert json.loads((tmp_path / "runs/maze/c/analysis.json").read_text())["checkpoint"].endswith("new.ckpt")
 
 
 def test_without_matplotlib_analysis_ends_and_training_goes_on(module, monkeypatch, tmp_path, capsys):

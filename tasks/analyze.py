@@ -93,7 +93,8 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 870px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
 p { margin: .3rem 0 .6rem } .about, figcaption { color: #555; font-size: .92rem } figure { margin: 0 }
-img { width: 100%; max-width: 830px; display: block } table { border-collapse: collapse; font-size: .88rem }
+img { width: 100%; max-width: 830px; display: block } img[hidden] { display: none }
+table { border-collapse: collapse; font-size: .88rem }
 td, th { text-align: left; padding: .15rem .9rem .15rem 0; vertical-align: top; overflow-wrap: anywhere }
 th { border-bottom: 1px solid #bbb } .play { display: flex; gap: .6rem; align-items: center; max-width: 830px }
 .play input { flex: 1 } .play button { width: 5rem }

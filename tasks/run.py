@@ -526,21 +526,21 @@ class Media(Callback):
 
 
 def show(trainer: Trainer, seen: Seen, pictures: Callable[[], list], where: str) -> None:
-    """Draws pictures into media/`where` and sends them to W&B. Where nothing can be drawn it says so: no run ends
-    for want of a picture."""
+    """Draws pictures into media/`where` and sends them to W&B. No run ends for want of a picture: it says what is
+    wrong and goes on."""
     folder = Path(trainer.default_root_dir) / "media" / where
     try:
         with drawing():
             from tasks import figures
-    except UserError as error:
-        return say(f"no pictures: {error}")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [figures.write(picture, folder).path for picture in pictures()]
-    rows = sample_rows(trainer.datamodule, seen.samples)
-    for logger in trainer.loggers:
-        if isinstance(logger, RunWandbLogger):
-            section = "test" if where == "test" else "samples"
-            logger.log_media(section, paths, rows, max(0, trainer.global_step - 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [figures.write(picture, folder).path for picture in pictures()]
+        rows = sample_rows(trainer.datamodule, seen.samples)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                section = "test" if where == "test" else "samples"
+                logger.log_media(section, paths, rows, max(0, trainer.global_step - 1))
+    except Exception as error:
+        return say(f"no pictures: {error or type(error).__name__}")
     say(f"pictures: {folder}")
 
 

@@ -269,6 +269,8 @@ def test_analyze_on_the_command_line(monkeypatch, tmp_path, capsys):
     sources = re.findall(r'src="([^"]+)"', page)
     assert len(sources) == sum(image.n_frames if name.endswith("gif") else 1 for name, image in media.items())
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert page.count(" hidden>") == sum(image.n_frames - 1 for name, image in media.items() if name.endswith("gif"))
+    assert "img[hidden] { display: none }" in page, "of every animation one tick is shown"
     assert Image.open(BytesIO(b64decode(sources[0].partition(",")[2]))).width == 830
     result = json.loads((folder / "analysis.json").read_text())
     assert result["n"] == 5 and 0 <= result["reached"] <= 1

@@ -76,11 +76,12 @@ def analyze(module, folder: Path, n: int = 256, shown: int = 4, checkpoint: str 
     writer.writerows(rows)
     write_aside(folder / "samples.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
     parameters = sum(p.numel() for p in module.model.parameters())
-    about = f"{task.describe()}. {type(module.model.net).__name__} of {parameters:,} parameters. {checkpoint}"
+    result = f"{task.headline}: {means[task.headline]:.1%} of {surveyed.n} test samples"
+    about = f"{result}. {type(module.model.net).__name__} of {parameters:,} parameters, {task.describe()}. {checkpoint}"
     path = folder / "report.html"
     page = report(type(task).__name__.removesuffix("Task"), about, means, surveyed.n, rows, written)
     write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
-    say(f"{task.headline}: {means[task.headline]:.1%} of {surveyed.n} test samples")
+    say(result)
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB, {len(written)} pictures, "
         f"{time.perf_counter() - began:.0f} s)")  # fmt: skip
     return path

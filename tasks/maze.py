@@ -400,12 +400,13 @@ class MazeTask(Task):
         n = len(walls)
         start, goal = divmod(int(start), n), divmod(int(goal), n)
         routes = [follow(walls, start, moves.tolist()) for moves in sample.probabilities.argmax(-1)]
-        right = follow(walls, start, sample.batch[1].astype(int).tolist())
+        right = follow(walls, start, [int(move) for move in sample.batch[1] if move != WAIT])
+        far = f"{len(right) - 1}" if right[-1] == goal else f"more than {len(right) - 1}"
         result = "reached" if sample.values["reached"] else "not reached"
         return [
             figures.Picture(
                 f"{name}-maze", f"A maze of {n}x{n}, {result}",
-                f"The goal (star) is {len(right) - 1} moves from the start (dot). Left the route as it is predicted at"
+                f"The goal (star) is {far} moves from the start (dot). Left the route as it is predicted at"
                 " each tick, up to the first wall it runs into; middle where attention looks, walls in grey.",
                 partial(
                     figures.maze, walls, start, goal, right, routes, sample.certainty, sample.answer, sample.attention

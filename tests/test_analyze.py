@@ -233,6 +233,8 @@ def test_a_maze_solved_is_said_in_arrows(module):
     [row] = sample_rows(lit.task, [sample])
     assert row["prediction"] == row["right answer"] == "".join("↑↓←→"[move] for move in moves)
     assert row["ticks"] == sample.answer + 1
+    [picture] = lit.task.solving(sample, "sample-1")
+    assert f"is {len(moves)} moves from the start" in picture.caption
 
 
 def test_question_and_answer_ticks_are_told_apart(module):

@@ -174,7 +174,17 @@ def draw_certainty(
     ticks = first + np.arange(1, len(certainty_T) + 1)
     axes.plot(ticks, certainty_T, color=BLUE, alpha=0.25, marker="." if len(ticks) < 16 else None)
     (line,) = axes.plot([], [], color=BLUE, lw=2, marker="." if len(ticks) < 16 else None, animated=moves)
-    axes.plot(ticks[answer], certainty_T[answer], "o", ms=9, mfc="none", mec=VERMILLION, mew=1.8, label="answer")
+    axes.plot(
+        ticks[answer],
+        certainty_T[answer],
+        "o",
+        ms=9,
+        mfc="none",
+        mec=VERMILLION,
+        mew=1.8,
+        clip_on=False,
+        label="answer",
+    )
     now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=True)
     axes.set(ylim=(-0.04, 1.04), ylabel="certainty (0 to 1)", title="How certain it is")
     whole_ticks(axes, int(ticks[-1]))
@@ -194,11 +204,12 @@ def draw_attention(
     """Where all heads together look, and each of the first ones, over what `under` draws; one scale for all ticks."""
     means_TS = attention_THS.mean(1)
     shown = [(axes, attention_THS[:, i], f"head {i + 1}") for i, axes in enumerate(heads)]
-    top = max(float(np.quantile(attention_THS[:, : max(1, len(heads))], 0.998)), 1e-9)
+    least = 4 / attention_THS.shape[-1]  # to look everywhere alike is faint
+    top = max(float(np.quantile(attention_THS[:, : max(1, len(heads))], 0.998)), least)
     images = []
     for axes, weights_TS, title in [(mean, means_TS, None), *shown]:
         under(axes)
-        limit = max(float(means_TS.max()), 1e-9) if axes is mean else top
+        limit = max(float(means_TS.max()), least) if axes is mean else top
         how = {"interpolation": "bilinear" if axes is mean else "nearest", "vmin": 0, "vmax": limit}
         image = axes.imshow(map_of(weights_TS[-1]), cmap=VEIL, extent=extent, animated=True, **how)
         images.append((image, weights_TS))
@@ -641,7 +652,7 @@ def synchronization(kinds: dict[str, tuple[np.ndarray, str]], answer: int) -> Fi
 def decays(kinds: dict[str, np.ndarray]) -> Figure:
     """Learned decay rates of the pairs: how soon a synchronization forgets."""
     figure = page(2.7)
-    top = max(max(float(values.max()) for values in kinds.values()), 1e-3)
+    top = max(0.1, *(float(values.max()) for values in kinds.values()))
     for axes, (name, values) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         axes.hist(values, bins=np.linspace(0, top, 31), color=BLUE)
         zero = float((values <= 1e-6).mean())
@@ -787,7 +798,7 @@ def reapplication(sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], tr
     figure = page(3.2)
     row = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for axes, (name, (length, once, again)) in zip(row, sets.items(), strict=True):
-        edges = np.unique(np.quantile(length, np.linspace(0, 1, 9)).round())
+        edges = np.unique(np.quantile(length, np.linspace(0, 1, 7)).round())
         which = np.clip(np.digitize(length, edges[1:-1], right=True), 0, max(0, len(edges) - 2))
         for label, right, colour, mark in (("one look", once, BLUE, "o"), ("re-applied", again, ORANGE, "s")):
             groups = [which == i for i in np.unique(which)]

@@ -357,7 +357,7 @@ class MazeTask(Task):
         """Re-application on mazes of this size, and on larger ones: length of the route, reached at once, and again."""
         found, device = {}, next(model.parameters()).device
         fixed = isinstance(model.net, FeedForward) and not model.net.config.pool
-        for size, n in ((self.size, 128), (2 * self.size - 1, 64)):
+        for size, n in ((self.size, 96), (2 * self.size - 1, 48)):
             if fixed and size != self.size:
                 continue
             rng = Random(f"explore/{size}")

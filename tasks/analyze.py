@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from tasks.run import UserError, drawing, progress, sample_rows, say, write_aside
+from tasks.run import drawing, progress, sample_rows, say, write_aside
 from tasks.seen import Seen, learned_decays, of_split, spread, survey, telling, watch
 
 
@@ -41,8 +41,6 @@ class AnalyzingTrainer(Trainer):
             n: test samples for statistics, in equal steps over the test set.
             shown: how many of them are shown being thought about: solved ones and failures by turns.
         """
-        if n < 1 or shown < 1:
-            raise UserError(f"n={n} and shown={shown} must be at least 1")
         if ckpt_path:
             state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
             model.load_state_dict(state)

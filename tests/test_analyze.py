@@ -279,6 +279,10 @@ def test_analyze_on_the_command_line(monkeypatch, tmp_path, capsys):
     rows = list(csv.DictReader((folder / "samples.csv").open()))
     assert [row["sample"] for row in rows] == ["1"] and set(rows[0]["right answer"]) <= set("↑↓←→")
     checkpoint = tmp_path / "runs/maze/m/checkpoints/last.ckpt"
+    before = sorted(path.name for path in (tmp_path / "runs/maze").iterdir())
+    with pytest.raises(UserError, match="n=0 and shown=4 must be at least 1"):
+        run(["analyze", "task=maze", "ckpt_path=last", "run=m", "n=0"], monkeypatch, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs/maze").iterdir()) == before
     for subcommand in ("analyze", "test"):
         with pytest.raises(UserError, match="is a checkpoint of task=maze, not of task=parity"):
             cli.spell([subcommand, "task=parity", f"ckpt_path={checkpoint}"])

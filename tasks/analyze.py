@@ -17,7 +17,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from ctm.checkpoint import read
-from tasks.run import UserError, drawing, progress, sample_rows, say, write_aside
+from tasks.run import drawing, progress, sample_rows, say, write_aside
 from tasks.seen import Seen, learned_decays, of_split, spread, survey, telling, watch
 
 
@@ -41,8 +41,6 @@ class AnalyzingTrainer(Trainer):
             n: test samples for statistics, in equal steps over the test set.
             shown: how many of them are shown being thought about: solved ones and failures by turns.
         """
-        if n < 1 or shown < 1:
-            raise UserError(f"n={n} and shown={shown} must be at least 1")
         if ckpt_path:
             model.load_state_dict(read(ckpt_path)["state_dict"])
         model.to(self.strategy.root_device)
@@ -75,11 +73,12 @@ def analyze(module, folder: Path, n: int = 256, shown: int = 4, checkpoint: str 
     writer.writerows(rows)
     write_aside(folder / "samples.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
     parameters = sum(p.numel() for p in module.model.parameters())
-    about = f"{task.describe()}. {type(module.model.net).__name__} of {parameters:,} parameters. {checkpoint}"
+    result = f"{task.headline}: {means[task.headline]:.1%} of {surveyed.n} test samples"
+    about = f"{result}. {type(module.model.net).__name__} of {parameters:,} parameters, {task.describe()}. {checkpoint}"
     path = folder / "report.html"
     page = report(type(task).__name__.removesuffix("Task"), about, means, surveyed.n, rows, written)
     write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
-    say(f"{task.headline}: {means[task.headline]:.1%} of {surveyed.n} test samples")
+    say(result)
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB, {len(written)} pictures, "
         f"{time.perf_counter() - began:.0f} s)")  # fmt: skip
     return path
@@ -92,7 +91,8 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 870px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
 p { margin: .3rem 0 .6rem } .about, figcaption { color: #555; font-size: .92rem } figure { margin: 0 }
-img { width: 100%; max-width: 830px; display: block } table { border-collapse: collapse; font-size: .88rem }
+img { width: 100%; max-width: 830px; display: block } img[hidden] { display: none }
+table { border-collapse: collapse; font-size: .88rem }
 td, th { text-align: left; padding: .15rem .9rem .15rem 0; vertical-align: top; overflow-wrap: anywhere }
 th { border-bottom: 1px solid #bbb } .play { display: flex; gap: .6rem; align-items: center; max-width: 830px }
 .play input { flex: 1 } .play button { width: 5rem }

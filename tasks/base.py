@@ -172,7 +172,7 @@ class Task(LightningDataModule):
                 Picture(
                     "traces", "Neural dynamics",
                     "Neurons of sample 1, in equal steps from the most to the least variable over ticks. Every trace"
-                    " is scaled to its own range, which is written above it for the post-activation.",
+                    " is scaled to its own range; that of the post-activation is written above it.",
                     partial(figures.traces, sample.pre, sample.post),
                 ),
             ]  # fmt: skip

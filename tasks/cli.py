@@ -352,6 +352,8 @@ class CLI(LightningCLI):
         checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
         loggers = config.trainer.logger
         if self.subcommand == "analyze":
+            if min(config.n, config.shown) < 1:
+                raise UserError(f"n={config.n} and shown={config.shown} must be at least 1")
             kwargs["logger"] = False  # what it finds is in the report
         elif loggers in (None, True):
             wandb = RunWandbLogger(

@@ -174,11 +174,21 @@ def draw_certainty(
     ticks = first + np.arange(1, len(certainty_T) + 1)
     axes.plot(ticks, certainty_T, color=BLUE, alpha=0.25, marker="." if len(ticks) < 16 else None)
     (line,) = axes.plot([], [], color=BLUE, lw=2, marker="." if len(ticks) < 16 else None, animated=moves)
-    axes.plot(ticks[answer], certainty_T[answer], "o", ms=9, mfc="none", mec=VERMILLION, mew=1.8, label="answer")
-    now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=moves)
+    axes.plot(
+        ticks[answer],
+        certainty_T[answer],
+        "o",
+        ms=9,
+        mfc="none",
+        mec=VERMILLION,
+        mew=1.8,
+        clip_on=False,
+        label="answer",
+    )
+    now = axes.axvline(ticks[-1], color=GREY, lw=0.8, animated=True)
     axes.set(ylim=(-0.04, 1.04), ylabel="certainty (0 to 1)", title="How certain it is")
     whole_ticks(axes, int(ticks[-1]))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if certainty_T[-1] > 0.5 else "upper right")
 
     def to(tick: int) -> None:
         line.set_data(ticks[: tick + 1], certainty_T[: tick + 1])
@@ -194,11 +204,12 @@ def draw_attention(
     """Where all heads together look, and each of the first ones, over what `under` draws; one scale for all ticks."""
     means_TS = attention_THS.mean(1)
     shown = [(axes, attention_THS[:, i], f"head {i + 1}") for i, axes in enumerate(heads)]
-    top = max(float(np.quantile(attention_THS[:, : max(1, len(heads))], 0.998)), 1e-9)
+    least = 4 / attention_THS.shape[-1]  # to look everywhere alike is faint
+    top = max(float(np.quantile(attention_THS[:, : max(1, len(heads))], 0.998)), least)
     images = []
     for axes, weights_TS, title in [(mean, means_TS, None), *shown]:
         under(axes)
-        limit = max(float(means_TS.max()), 1e-9) if axes is mean else top
+        limit = max(float(means_TS.max()), least) if axes is mean else top
         how = {"interpolation": "bilinear" if axes is mean else "nearest", "vmin": 0, "vmax": limit}
         image = axes.imshow(map_of(weights_TS[-1]), cmap=VEIL, extent=extent, animated=True, **how)
         images.append((image, weights_TS))
@@ -479,11 +490,12 @@ def question(
             if column >= n:
                 axes.set_visible(False)
                 continue
-            axes.imshow(digits[column], cmap="gray", extent=(0, 1, 1, 0))
+            faint = 0.55 + 0.45 * digits[column] if row else digits[column]
+            axes.imshow(faint, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
             if row == 1:
                 weights = map_of(attention_NHS[column].mean(0))
-                axes.imshow(weights, cmap="magma", alpha=0.75, extent=(0, 1, 1, 0), interpolation="bilinear")
-            axes.set_title(f"digit {column}" if row == 0 else "attention", fontsize=8, loc="center", pad=2)
+                axes.imshow(weights, cmap=VEIL, vmin=0, extent=(0, 1, 1, 0), interpolation="bilinear")
+            axes.set_title(f"digit d{column}" if row == 0 else "attention", fontsize=8, loc="center", pad=2)
     heat, chart = below.subplots(1, 2, width_ratios=[3, 2])
     ticks = len(probabilities_TK)
     drawn = heat.imshow(
@@ -532,9 +544,8 @@ def traces(pre_TD: np.ndarray | None, post_TD: np.ndarray, rows: int = 7, column
             lines.append(np.stack([column + x, row + 0.62 * (trace - trace.min()) / span], axis=-1))
         axes.add_collection(LineCollection(lines, colors=colour, lw=1.1 if ticks > 12 else 1.4, label=label))
     for neuron, (column, row) in zip(chosen, place, strict=True):
-        low, high = post_TD[:, neuron].min(), post_TD[:, neuron].max()
         axes.text(column, row + 0.68, f"{neuron}", fontsize=7.5, color="#444444", weight="bold")
-        axes.text(column + 0.86, row + 0.68, f"{low:.2g} to {high:.2g}", fontsize=7, color=BLUE, ha="right")
+        axes.text(column + 0.86, row + 0.68, f"{np.ptp(post_TD[:, neuron]):.2g}", fontsize=7.5, color=BLUE, ha="right")
     used = -(-len(chosen) // columns)
     axes.set(xlim=(-0.05, columns - 0.09), ylim=(-used + 0.72, 1.02))
     axes.set_title(
@@ -641,7 +652,7 @@ def synchronization(kinds: dict[str, tuple[np.ndarray, str]], answer: int) -> Fi
 def decays(kinds: dict[str, np.ndarray]) -> Figure:
     """Learned decay rates of the pairs: how soon a synchronization forgets."""
     figure = page(2.7)
-    top = max(max(float(values.max()) for values in kinds.values()), 1e-3)
+    top = max(0.1, *(float(values.max()) for values in kinds.values()))
     for axes, (name, values) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         axes.hist(values, bins=np.linspace(0, top, 31), color=BLUE)
         zero = float((values <= 1e-6).mean())
@@ -787,7 +798,7 @@ def reapplication(sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], tr
     figure = page(3.2)
     row = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for axes, (name, (length, once, again)) in zip(row, sets.items(), strict=True):
-        edges = np.unique(np.quantile(length, np.linspace(0, 1, 9)).round())
+        edges = np.unique(np.quantile(length, np.linspace(0, 1, 7)).round())
         which = np.clip(np.digitize(length, edges[1:-1], right=True), 0, max(0, len(edges) - 2))
         for label, right, colour, mark in (("one look", once, BLUE, "o"), ("re-applied", again, ORANGE, "s")):
             groups = [which == i for i in np.unique(which)]

@@ -236,7 +236,6 @@ class MazeTask(Task):
 
     headline = "reached"
     lstm_answers_last = True
-    difficulty_name = "route length (moves)"
     position_name = "move"
 
     def __init__(
@@ -268,6 +267,7 @@ class MazeTask(Task):
         self.n_val, self.n_test = n_val, n_test
         self.root, self.reapply = Path(root).expanduser() if root else None, reapply
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
+        self.difficulty_name = "route length (moves" + (")" if size < SMALL else ", rounded down to tens)")
         self.sets: dict[str, MazeSet] = {}
         if self.root:
             for part in ("train", "test"):
@@ -362,7 +362,7 @@ class MazeTask(Task):
         """Re-application on mazes of this size, and on larger ones: length of the route, reached at once, and again."""
         found, device = {}, next(model.parameters()).device
         fixed = isinstance(model.net, FeedForward) and not model.net.config.pool
-        for size, n in ((self.size, 128), (2 * self.size - 1, 64)):
+        for size, n in ((self.size, 96), (2 * self.size - 1, 48)):
             if fixed and size != self.size:
                 continue
             rng = Random(f"explore/{size}")
@@ -405,12 +405,13 @@ class MazeTask(Task):
         n = len(walls)
         start, goal = divmod(int(start), n), divmod(int(goal), n)
         routes = [follow(walls, start, moves.tolist()) for moves in sample.probabilities.argmax(-1)]
-        right = follow(walls, start, sample.batch[1].astype(int).tolist())
+        right = follow(walls, start, [int(move) for move in sample.batch[1] if move != WAIT])
+        far = f"{len(right) - 1}" if right[-1] == goal else f"more than {len(right) - 1}"
         result = "reached" if sample.values["reached"] else "not reached"
         return [
             figures.Picture(
                 f"{name}-maze", f"A maze of {n}x{n}, {result}",
-                f"The goal (star) is {len(right) - 1} moves from the start (dot). Left the route as it is predicted at"
+                f"The goal (star) is {far} moves from the start (dot). Left the route as it is predicted at"
                 " each tick, up to the first wall it runs into; middle where attention looks, walls in grey.",
                 partial(
                     figures.maze, walls, start, goal, right, routes, sample.certainty, sample.answer, sample.attention

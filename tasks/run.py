@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -501,7 +501,7 @@ class Report(Callback):
         samples = of_split(task, "test", spread(task, "test", among))
         [hardest] = telling(survey(pl_module, samples), task.headline, 1)
         seen = Seen(watch(pl_module, [samples[hardest]]), {})
-        show(trainer, seen, task.solving(seen.samples[0], "sample"), "test")
+        show(trainer, seen, lambda: task.solving(seen.samples[0], "sample"), "test")
 
 
 class Media(Callback):
@@ -531,27 +531,28 @@ class Media(Callback):
             return
         self.done, task = step, trainer.datamodule
         seen = Seen(watch(pl_module, self.chosen(task)), learned_decays(pl_module.model))
-        show(trainer, seen, task.figures(seen), f"step-{step:07}")
+        show(trainer, seen, lambda: task.figures(seen), f"step-{step:07}")
 
     def chosen(self, task) -> list:
         return of_split(task, "val", spread(task, "val", self.samples))
 
 
-def show(trainer: Trainer, seen: Seen, pictures: list, where: str) -> None:
-    """Draws pictures into media/`where` and sends them to W&B. A picture that fails is said, and stops no training."""
+def show(trainer: Trainer, seen: Seen, pictures: Callable[[], list], where: str) -> None:
+    """Draws pictures into media/`where` and sends them to W&B. No run ends for want of a picture: it says what is
+    wrong and goes on."""
     folder = Path(trainer.default_root_dir) / "media" / where
     try:
         with drawing():
             from tasks import figures
-    except UserError as error:
-        return say(f"no pictures: {error}")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [figures.write(picture, folder).path for picture in pictures]
-    rows = sample_rows(trainer.datamodule, seen.samples)
-    for logger in trainer.loggers:
-        if isinstance(logger, RunWandbLogger):
-            section = "test" if where == "test" else "samples"
-            logger.log_media(section, paths, rows, max(0, trainer.global_step - 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [figures.write(picture, folder).path for picture in pictures()]
+        rows = sample_rows(trainer.datamodule, seen.samples)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                section = "test" if where == "test" else "samples"
+                logger.log_media(section, paths, rows, max(0, trainer.global_step - 1))
+    except Exception as error:
+        return say(f"no pictures: {error or type(error).__name__}")
     say(f"pictures: {folder}")
 
 

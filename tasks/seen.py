@@ -5,6 +5,7 @@ NumPy arrays, letters as in `ctm.modules`, the tick first.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,20 +107,16 @@ def batches(samples: list, size: int) -> Iterator[list[int]]:
             start = i
 
 
-class Evaluating:
-    """A module set to evaluation without gradients, and back."""
-
-    def __init__(self, module):
-        self.module, self.grad = module, torch.no_grad()
-
-    def __enter__(self):
-        self.was_training = self.module.training
-        self.module.eval()
-        self.grad.__enter__()
-
-    def __exit__(self, *error):
-        self.grad.__exit__(*error)
-        self.module.train(self.was_training)
+@contextmanager
+def evaluating(module) -> Iterator[None]:
+    """A module in evaluation mode and without gradients, and back as it was."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
 
 
 def on_device(module, samples: list) -> tuple[Tensor, ...]:
@@ -135,7 +132,7 @@ def watch(module, samples: list) -> list[Sample]:
         samples: of the task's data set.
     """
     task, seen = module.task, []
-    with Evaluating(module):
+    with evaluating(module):
         for sample in samples:
             *inputs, _ = batch = on_device(module, [sample])
             with record(module.model) as watched:
@@ -182,7 +179,7 @@ def survey(module, samples: list, progress=lambda steps: steps) -> Survey:
     values: dict[str, list[Array]] = {}
     confidence: dict[str, list[tuple[Array, Array]]] = {}
     difficulty, right_by_tick = [], []
-    with Evaluating(module):
+    with evaluating(module):
         for numbers in progress(list(batches(samples, task.eval_batch_size))):
             *inputs, _ = batch = on_device(module, [samples[i] for i in numbers])
             thought = module(*inputs)

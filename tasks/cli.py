@@ -41,6 +41,7 @@ from tasks.run import (
     find_checkpoint,
     read_run_checkpoint,
     say,
+    thinks,
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -294,6 +295,8 @@ class CLI(LightningCLI):
         checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
         loggers = config.trainer.logger
         if self.subcommand == "analyze":
+            if not thinks(self.model):
+                raise UserError(f"analyze shows what is thought tick by tick; {type(self.model).__name__} has no ticks")
             if min(config.n, config.shown) < 1:
                 raise UserError(f"n={config.n} and shown={config.shown} must be at least 1")
             kwargs["logger"] = False  # what it finds is in the report

@@ -479,7 +479,8 @@ class Report(Callback):
             writer.writeheader()
             writer.writerows(rows)
             write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
-        self.show(trainer, pl_module)
+        if thinks(pl_module):
+            self.show(trainer, pl_module)
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
@@ -515,7 +516,8 @@ class Media(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
         step = trainer.global_step
-        if not self.every or step % self.every or step == self.done or not trainer.is_global_zero:
+        due = self.every and step % self.every == 0 and step != self.done
+        if not due or not trainer.is_global_zero or not thinks(pl_module):
             return
         self.done, task = step, trainer.datamodule
         seen = Seen(watch(pl_module, self.chosen(task)), learned_decays(pl_module.model))
@@ -523,6 +525,11 @@ class Media(Callback):
 
     def chosen(self, task) -> list:
         return of_split(task, "val", spread(task, "val", self.samples))
+
+
+def thinks(module: LightningModule) -> bool:
+    """Whether a module gives thoughts, tick by tick, of which there are pictures: not a language model."""
+    return hasattr(module, "most_certain")
 
 
 def show(trainer: Trainer, seen: Seen, pictures: Callable[[], list], where: str) -> None:

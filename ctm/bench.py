@@ -123,11 +123,16 @@ class Case:
         loss.backward()
         self.optimizer.step()
 
+    @contextmanager
+    def evaluating(self):
+        """To switch every part of a model is no part of thinking."""
+        self.model.eval()
+        yield
+        self.model.train()
+
     @torch.inference_mode()
     def think(self) -> None:
-        self.model.eval()
         self.forward()
-        self.model.train()
 
     def think_watched(self) -> Recording:
         with record(self.model) as seen:
@@ -142,7 +147,7 @@ class Case:
         """
         seen = {}
         for plain in (False, True):
-            with path(plain):
+            with path(plain), self.evaluating():
                 seen[plain] = self.think_watched()
         for name, theirs in ((name, getattr(seen[True], name)) for name in RECORDED):
             ours = getattr(seen[False], name)
@@ -153,13 +158,14 @@ class Case:
         del seen, ours, theirs
         times: dict[Callable, list[float]] = {self.think: [], self.think_watched: []}
         start = time.perf_counter()
-        while len(times[self.think]) < 6 or time.perf_counter() - start < at_least:
-            for what, taken in times.items():
-                self.wait()
-                begin = time.perf_counter()
-                what()
-                self.wait()
-                taken.append(time.perf_counter() - begin)
+        with self.evaluating():
+            while len(times[self.think]) < 6 or time.perf_counter() - start < at_least:
+                for what, taken in times.items():
+                    self.wait()
+                    begin = time.perf_counter()
+                    what()
+                    self.wait()
+                    taken.append(time.perf_counter() - begin)
         plain, watched = (sorted(taken[1:])[len(taken) // 2] for taken in times.values())
         return watched / plain - 1
 
@@ -223,7 +229,8 @@ def measure(
         with path(plain):
             kind = "plain" if plain else "fast"
             row[f"{kind}_step"] = case.seconds(case.step, at_least)
-            row[f"{kind}_forward"] = case.seconds(case.think, at_least)
+            with case.evaluating():
+                row[f"{kind}_forward"] = case.seconds(case.think, at_least)
             row[f"{kind}_memory"] = case.memory()
             if counted := case.kernels():
                 row[f"{kind}_kernels"], row[f"{kind}_busy"] = counted

@@ -581,17 +581,7 @@ def convert(source: str | Path, target: str | Path) -> None:
     if isinstance(model, Agent):
         raise ValueError("an agent has no task here; compat.load_checkpoint reads it")
     spec = checkpoint.describe(model)
-    encoder = {name: value for name, value in spec["encoder"].items() if name != "name"}
-    settings = {
-        "model": {
-            "class_path": "ctm.lit.LitCTM",
-            "init_args": {
-                "net": spec["net"],
-                spec["net"]: spec["config"],
-                "encoder": {"class_path": f"ctm.encoders.{spec['encoder']['name']}", "init_args": encoder},
-            },
-        }
-    }
+    settings = {"model": {"class_path": "ctm.lit.LitCTM", "init_args": checkpoint.arguments(spec)}}
     if "maze_route_length" in arguments:
         data = {"route_length": spec["out_dims"][0]}
         if arguments.get("dataset") in MAZE_SIZES:

@@ -24,11 +24,13 @@ class Encoder(nn.Module):
         config: the arguments that build it again, plain values.
         width: channels of what it gives.
         answer_ticks: of a list of reads, at how many of the last ticks an answer is due; None for all ticks.
+        replayable: whether it only launches kernels, the same for every input of a shape (`ctm.ops.replay`).
     """
 
     config: dict
     width: int
     answer_ticks: int | None = None
+    replayable: bool = False
 
     def n_tokens(self, *size: int) -> int:
         """S for inputs of this size."""
@@ -175,6 +177,8 @@ class ResNet(MapEncoder):
     # parameters say so, too).
     BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 4, 36, 3]}
 
+    replayable = True
+
     def __init__(
         self,
         d_input: int | None,
@@ -221,6 +225,8 @@ class ResNet(MapEncoder):
 
 class ShallowWide(MapEncoder):
     """Images (B, channels, H, W) -> tokens: two wide gated convolutions, the first with stride 2."""
+
+    replayable = True
 
     def __init__(self, d_input: int | None, channels: int = 3, position: MapPosition = "none"):
         super().__init__()

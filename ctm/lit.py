@@ -1,11 +1,14 @@
 """The LightningModule around a CTM or a baseline. What is learned is the task's matter, how it thinks the model's."""
 
+import math
 from collections.abc import Callable
+from itertools import islice
 from time import perf_counter
 from typing import Literal
 
 import torch
 from lightning import LightningModule
+from peft import PeftConfig
 from torch import Tensor
 
 from ctm import checkpoint
@@ -14,13 +17,14 @@ from ctm.early_exit import think_until
 from ctm.encoders import Encoder
 from ctm.loss import gather_tick
 from ctm.model import CTM, CTMConfig, Thinker, Thought
+from svf.attach import Adapting, attach
 from tasks.base import Task
 from tasks.metrics import CUMULATIVE, ByDifficulty, Calibration, answer_tick
 from tasks.optim import Optim, QuantileClip
 
 
-class LitCTM(LightningModule):
-    """Trains and tests a `Thinker`.
+class LitCTM(Adapting, LightningModule):
+    """Trains and tests a `Thinker`: from fresh weights, from a base's, or an adapter on a base.
 
     Args:
         task: what is learned.
@@ -32,6 +36,10 @@ class LitCTM(LightningModule):
         optim: learning rate and its schedule.
         early_exit: certainty at which a sample stops thinking, from 0 to 1: the test then also reports what that costs
             in accuracy and saves in ticks and time.
+        base: checkpoint whose weights are the first ones. On the command line it brings the sizes of its net, its
+            encoder and its data along.
+        adapter: of any PEFT method: it alone trains then, and the base stays as it is.
+        old: what the base was trained for: the test says how well that is still done, too.
     """
 
     def __init__(
@@ -44,9 +52,13 @@ class LitCTM(LightningModule):
         ff: FFConfig = FFConfig(),  # noqa: B008
         optim: Optim = Optim(),  # noqa: B008
         early_exit: float | None = None,
+        base: str | None = None,
+        adapter: PeftConfig | None = None,
+        old: Task | None = None,
     ):
         super().__init__()
         self.task, self.optim, self.early_exit = task, optim, early_exit
+        self.base, self.old = base, old
         self.most_certain = not (net == "lstm" and task.lstm_answers_last)
         if reason := task.refused.get(net):
             raise ValueError(f"model.net={net}: {reason}")
@@ -69,12 +81,33 @@ class LitCTM(LightningModule):
                 raise ValueError(f"early_exit={early_exit} must be a certainty from 0 to 1")
             if reason := "a feed-forward net has one tick" if net == "ff" else task.no_early_exit:
                 raise ValueError(f"early_exit={early_exit}: {reason}")
+        for name, other in (("adapter", adapter), ("old", old)):
+            if other is not None and base is None:
+                raise ValueError(f"model.{name} needs a trained model: name its checkpoint with model.base=PATH")
+        if old is not None and old.out_dims != task.out_dims:
+            raise ValueError(
+                f"model.old asks for {old.out_dims} answers (positions, classes), the task for {task.out_dims}"
+            )
+        if base is not None:
+            self._load_base(self.model)
+        if adapter is not None:
+            self.model = attach(self.model, adapter, base)
+            self.train()
         self.optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
         self.clip = None if optim.clip_quantile is None else QuantileClip(optim.clip_quantile, optim.clip_history)
 
-    def forward(self, *inputs: Tensor) -> Thought:
-        """The thought, of its ticks those at which an answer is due."""
-        thought, ticks = self.model(*inputs), self.model.encoder.answer_ticks
+    def _load_base(self, model: Thinker) -> Thinker:
+        checkpoint.load_weights(model, checkpoint.load(self.base).state_dict(), self.base)
+        return model
+
+    @torch.inference_mode(False)  # which a test is in, and which a model remembers
+    def _before_training(self) -> Thinker:
+        return self._load_base(checkpoint.build(checkpoint.describe(self.model))).to(self.device).eval()
+
+    def forward(self, *inputs: Tensor, model: Thinker | None = None) -> Thought:
+        """The thought (of another model, if one is given), of its ticks those at which an answer is due."""
+        model = model or self.model
+        thought, ticks = model(*inputs), model.encoder.answer_ticks
         if ticks is None:
             return thought
         return thought._replace(predictions=thought.predictions[:, -ticks:], certainty=thought.certainty[:, -ticks:])
@@ -118,12 +151,16 @@ class LitCTM(LightningModule):
     def on_test_start(self) -> None:
         self.by_difficulty, self.calibration = ByDifficulty(), Calibration(self.task.out_dims[1])
         self.seconds = {}
+        if self.base is not None:  # in a tuple, so that it is no part of this module
+            self.before = (self._before_training(),)
 
     def test_step(self, batch, batch_idx: int) -> None:
         thought, values = self._evaluate("test", batch)
         if (targets := self.task.targets(batch)) is not None:
             self.calibration.update(thought, targets)
         more = self.task.test_metrics(self.model, batch, self.most_certain) | self._exit_early(batch)
+        if self.base is not None:
+            more |= {f"before_{self.task.headline}": self._headline(self.task, batch, self.before[0])}
         self._log_values("test", more)
         if (difficulty := self.task.difficulty(batch)) is not None:
             self.by_difficulty.update(difficulty, values | more)
@@ -154,7 +191,25 @@ class LitCTM(LightningModule):
             torch.cuda.synchronize()
         return perf_counter()
 
+    def _headline(self, task: Task, batch, model: Thinker | None = None) -> Tensor:
+        *inputs, _ = batch
+        return task.metrics(self(*inputs, model=model), batch, self.most_certain)[task.headline]
+
+    def _test_old(self) -> None:
+        """What the base was trained for, before and after."""
+        loader, limit = self.old.test_dataloader(), self.trainer.limit_test_batches
+        before, after = [], []
+        for batch in islice(loader, limit if isinstance(limit, int) else math.ceil(limit * len(loader))):
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            with self.trainer.precision_plugin.test_step_context():
+                before.append(self._headline(self.old, batch, self.before[0]))
+                after.append(self._headline(self.old, batch))
+        name = self.old.headline
+        self._log_values("test", {f"old_before_{name}": torch.cat(before), f"old_{name}": torch.cat(after)})
+
     def on_test_epoch_end(self) -> None:
+        if self.old is not None:
+            self._test_old()
         self._log_values("test", {name: value[None] for name, value in self.calibration.compute().items()})
         self.difficulty_rows = self.by_difficulty.rows()
 
@@ -196,10 +251,12 @@ class LitCTM(LightningModule):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, content: dict) -> None:
+        super().on_save_checkpoint(content)
         content["ctm"] = checkpoint.describe(self.model)
         if self.clip:
             content["clip"] = self.clip.state_dict()
 
     def on_load_checkpoint(self, content: dict) -> None:
+        super().on_load_checkpoint(content)
         if self.clip and "clip" in content:
             self.clip.load_state_dict(content["clip"])

@@ -54,6 +54,24 @@ def route_loss(
     return two_tick_loss(loss_BTP.sum(-1) / mask_BP.sum(-1, keepdim=True), certainty_BT, most_certain)
 
 
+def beginning_loss(
+    predictions_BTC: Tensor, certainty_BT: Tensor, targets_BP: Tensor, lookahead: int, most_certain: bool = True
+) -> Tensor:
+    """Two-tick cross-entropy under a curriculum of beginnings, the same for the whole batch.
+
+    The first positions count, up to `lookahead` beyond those that nine of ten samples have right where they answer. A
+    beginning of each sample's own at its best tick, as in `route_loss`, does not serve where there are two classes:
+    with T ticks to choose from, chance alone has log2(T) of them right, and guessing otherwise at every tick pays.
+    """
+    tick_B = certainty_BT.argmax(1) if most_certain else torch.full_like(certainty_BT[:, 0], -1, dtype=torch.long)
+    answers_BPK = rearrange(gather_tick(predictions_BTC, tick_B), "b (p k) -> b p k", p=targets_BP.shape[1])
+    known_P = (answers_BPK.argmax(-1) == targets_BP).float().mean(0) > 0.9
+    upto = known_P.int().cumprod(0).sum() + lookahead
+    mask_P = (torch.arange(len(known_P), device=targets_BP.device) < upto).float()
+    loss_BT = (cross_entropy(predictions_BTC, targets_BP) * mask_P).sum(-1) / mask_P.sum()
+    return two_tick_loss(loss_BT, certainty_BT, most_certain)
+
+
 def ctc_loss(predictions_BTC: Tensor, targets_BN: Tensor) -> Tensor:
     """Connectionist temporal classification of sequences, the last class being the blank (the published sorting loss).
 

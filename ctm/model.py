@@ -270,7 +270,7 @@ class CTM(nn.Module):
     def project_parameters(self) -> None:
         """Puts bounded parameters (decays) back into their bounds; to be called after every optimiser step."""
         for part in self.modules():
-            if isinstance(part, Synchronization):
+            if isinstance(part, Synchronization) and part.decay.requires_grad:
                 part.project()
 
 
@@ -293,4 +293,4 @@ class Thinker(nn.Module):
         self.encoder, self.net = encoder, net
 
     def forward(self, *inputs: Tensor, ticks: int | None = None, state: State | None = None) -> Thought:
-        return self.net(self.encoder(*inputs), ticks, state)
+        return self.net(ops.encode(self.encoder, *inputs), ticks, state)

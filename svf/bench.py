@@ -9,6 +9,11 @@ GPU, small ones elsewhere. Timing needs no true singular vectors, any orthogonal
     decode      tokens a second of `generate`, and a prefill, without adapter, with, merged, mixed by row
     switch      changing a mixture, and set_adapter beside PEFT's IA3
     decompose   all linear weights of the model, from weights to bases
+    route       32 requests with 32 different mixtures in one batch, beside the same batch with one mixture
+    cem         a few-shot search, beside putting every candidate's weights into the model one after another
+
+The last two are on the shipped base with its experts; `route` on Llama-3-8B's shapes too where there is a GPU. The
+server under parallel clients is by itself: python -m svf.bench serve --help.
 """
 
 import argparse
@@ -27,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from svf import SVFConfig, decompose, spectral
+from svf import Adaptive, ExpertLibrary, FewShot, SVFConfig, decompose, spectral
 from svf.decompose import Basis, Matrix
+from svf.generate import Generator
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -364,11 +370,152 @@ def solve(model: nn.Module, targets: str) -> tuple[float, nn.Module]:
     return taken, adapted
 
 
-PARTS = ("accuracy", "step", "decode", "switch", "decompose")
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+def shipped() -> tuple[ExpertLibrary, object]:
+    """The shipped base with its experts and its tokenizer; random experts where none are shipped."""
+    from transformers import AutoTokenizer
+
+    from svf.__main__ import ASSETS, named
+    from svf.experts import load_base
+
+    base = load_base(ASSETS / "base").to(DEVICE)
+    library = ExpertLibrary(base, named(None, "experts"))
+    if not library.names:
+        torch.manual_seed(0)
+        library = ExpertLibrary(with_experts(base))
+    return library, AutoTokenizer.from_pretrained(ASSETS / "base")
+
+
+def with_experts(model: nn.Module) -> nn.Module:
+    config = SVFConfig(target_modules=MLP, init_std=0.1, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config, "math")
+    for name in ("code", "logic"):
+        adapted.add_adapter(name, config)
+    return adapted.requires_grad_(False).eval()
+
+
+def route(rows: int = 32, new: int = 64, rounds: int = 7) -> None:
+    """Tokens a second, prompts and answers, of one mixture for all rows and of one for each."""
+    from tasks import text
+
+    library, tokenizer = shipped()
+    generator = Generator(library, tokenizer)
+    domains = (*text.DOMAINS, *text.UNSEEN)
+    prompts = [text.samples(domains[i % len(domains)], "test", rows)[i].prompt for i in range(rows)]
+    compare_routes("shipped base", generator, [generator.encode(prompt) for prompt in prompts], new, rounds)
+    if GPU:
+        del library, generator
+        free()
+        with orthogonal_bases():
+            library = ExpertLibrary(with_experts(base(32).eval()))
+        generator = Generator(library, None)
+        ids = torch.randint(LARGE["vocab_size"], (rows, 256)).tolist()
+        compare_routes("8B shapes", generator, ids, new, rounds)
+
+
+def compare_routes(what: str, generator: Generator, ids: list[list[int]], new: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    different = torch.rand(len(ids), len(generator.library.names))
+    same = different[:1].expand_as(different).contiguous()
+    together = generator.prefill(ids, different).logits_BV.float()
+    alone = torch.cat(
+        [generator.prefill(ids[i : i + 1], different[i : i + 1]).logits_BV for i in range(len(ids))]
+    ).float()
+    error = float((together - alone).norm() / alone.norm())
+    if error > (5e-2 if generator.library.base.dtype == torch.bfloat16 else 1e-4):
+        raise SystemExit(f"rows of a mixed batch are off by {error:.2g} from rows alone, no numbers")
+    taken: dict[str, list[float]] = {"one route": [], "different routes": []}
+    for _ in range(rounds + 1):
+        for name, weights in (("one route", same), ("different routes", different)):
+            taken[name].append(seconds(lambda weights=weights: generate(generator, ids, weights, new), 1, warm=0))
+    rates = {name: len(ids) * new / statistics.median(times[1:]) for name, times in taken.items()}
+    for name, rate in rates.items():
+        say("route", what=what, batch=len(ids), method=f"{name:16}", tokens_per_s=rate)
+    pairs = zip(taken["one route"][1:], taken["different routes"][1:], strict=True)
+    say("route", what=what, share=statistics.median(one / many for one, many in pairs), error=error)
+
+
+def generate(generator: Generator, ids: list[list[int]], weights: Tensor, new: int) -> list[list[int]]:
+    return generator.decode(generator.prefill(ids, weights), weights, new, ignore_eos=True)[0]
+
+
+def cem(task: str = "longer", shots: int = 10, population: int = 32, generations: int = 20, compared: int = 3) -> None:
+    """A whole search, and its first `compared` generations candidate by candidate."""
+    from tasks import text
+
+    library, tokenizer = shipped()
+    adaptive = Adaptive(library.model, tokenizer, library, "base")
+    settings = {"population": population, "generations": generations, "max_new_tokens": 24, "progress": False}
+    few_shot = FewShot(text.samples(task, "selection", shots), checker=text.check, **settings)
+    populations, taken = [], []
+    scores = few_shot.scores
+
+    def timed(adaptive: Adaptive, mixtures: Tensor) -> list:
+        wait()
+        start = time.perf_counter()
+        found = scores(adaptive, mixtures)
+        wait()
+        taken.append(time.perf_counter() - start)
+        populations.append((mixtures, found))
+        return found
+
+    few_shot.scores = timed
+    few_shot.fit(adaptive)
+    loaded, together = [], []
+    for mixtures, found in populations[1 : 1 + compared]:
+        together.append(seconds(lambda mixtures=mixtures: scores(adaptive, mixtures), 1, warm=0))
+        wait()
+        start = time.perf_counter()
+        one_by_one = [
+            by_loading(library, lambda: scores(adaptive, torch.zeros(1, len(library.names)))[0], m) for m in mixtures
+        ]
+        wait()
+        loaded.append(time.perf_counter() - start)
+        differing = sum(abs(a[0] - b[0]) > 1e-9 for a, b in zip(found, one_by_one, strict=True))
+        if differing > 0.05 * len(found):
+            raise SystemExit(f"{differing} of {len(found)} candidates score differently when loaded, no numbers")
+    say(
+        "cem", what="search", task=task, s=sum(taken), evaluated=few_shot.found.evaluated, score=few_shot.found.score[0]
+    )
+    ratio = statistics.median(a / b for a, b in zip(loaded, together, strict=True))
+    say(
+        "cem",
+        what="a generation",
+        batched_s=statistics.median(together),
+        loaded_s=statistics.median(loaded),
+        times=ratio,
+    )
+
+
+@torch.no_grad()
+def by_loading(library: ExpertLibrary, run: Callable[[], object], mixture: Tensor) -> object:
+    """With a mixture's weights in the place of the model's."""
+    own = {}
+    for layer in library.model.base_model.layers():
+        weight = layer.parameter("weight")
+        own[layer] = weight.data
+        d = sum(float(w) * layer.shift_of(name) for w, name in zip(mixture, library.names, strict=True))
+        weight.data = spectral.compose(weight, layer.svf_basis.to(weight.dtype), d, layer.side("weight"))
+    try:
+        return run()
+    finally:
+        for layer, weight in own.items():
+            layer.parameter("weight").data = weight
+
+
+PARTS = ("accuracy", "step", "decode", "switch", "decompose", "route", "cem")
 METHODS = ("one_sided", "one_sided unfolded", "lora r16", "factored", "merged", "full", "published")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        from svf import load
+
+        load.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m svf.bench", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if not given")
@@ -399,6 +546,12 @@ def main() -> None:
         free()
     if "decode" in parts:
         decode(args.layers)
+        free()
+    if "route" in parts:
+        route()
+        free()
+    if "cem" in parts:
+        cem()
         free()
     if "step" in parts:
         sizes = args.sizes or (["8x1x512", "32x8x512", "16x32x512"] if GPU else ["2x1x64", "2x8x64"])

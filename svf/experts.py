@@ -6,17 +6,21 @@ An expert is what `save_pretrained` writes: `adapter_model.safetensors` (z by pa
     math, code = Expert.load("math"), Expert.load("code")
     (0.6 * math + 0.4 * code).save("both")
     mix([math, code], [{"*.down_proj.*": 1.0, "*": 0.2}, 0.5]).save("by-layer")
+
+`ExpertLibrary` holds any number of them beside one base model, for mixtures per request.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -155,8 +159,18 @@ def interpolate(a: Expert, b: Expert, t: float) -> Expert:
 def from_model(model: PeftModel | SVFModel, adapter_name: str = "default") -> Expert:
     """The expert of a loaded adapter, in effective multipliers: residual, whatever it was before."""
     layers = _layers(model, adapter_name)
-    config = replace(
-        model.peft_config[adapter_name],
+    z = {
+        f"{layer.key}.{name}": layer.shift_of(adapter_name, name)[..., :kept].detach().cpu().clone()
+        for layer in layers
+        for name, kept in layer.experts[adapter_name].kept.items()
+    }
+    return Expert(z, _effective(model.peft_config[adapter_name], layers))
+
+
+def _effective(config: SVFConfig, layers: Sequence[SVFLayer], **changes: Any) -> SVFConfig:
+    """The same for z that are e - 1 of these layers."""
+    return replace(
+        config,
         parametrization="residual",
         normalize="none",
         init=0.0,
@@ -166,13 +180,8 @@ def from_model(model: PeftModel | SVFModel, adapter_name: str = "default") -> Ex
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        **changes,
     )
-    z = {
-        f"{layer.key}.{name}": layer.shift_of(adapter_name, name)[..., :kept].detach().cpu().clone()
-        for layer in layers
-        for name, kept in layer.experts[adapter_name].kept.items()
-    }
-    return Expert(z, config)
 
 
 def _weight_for(weight: Weight, name: str) -> float:
@@ -208,6 +217,319 @@ def _layers(model: PeftModel | SVFModel, adapter_name: str) -> list[SVFLayer]:
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}")
     return [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.experts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts beside one base, for mixtures per request
+
+DISPATCH = "dispatch"
+"""The expert that classifies requests; no mixture contains it unless it is asked for by name."""
+RESERVED = ("base", "auto", "other", "__base__")
+
+Mixture = str | Mapping[str, float] | Sequence[float] | Tensor | None
+"""An expert by name, weights by name, weights in the library's order, or None for the base."""
+
+
+class ExpertLibrary:
+    """A base model and any number of experts of it, on its device, mixed per request without touching its weights.
+
+    Args:
+        model: the base, which gets the experts' layers put into it, or a PEFT model that has SVF adapters already.
+        experts: folders, names on the Hub or `Expert`s: by name, or a list of folders, which are then called by the
+            last part of their path.
+
+    Raises:
+        ValueError: for an expert of another base, or a name that cannot be used.
+    """
+
+    def __init__(
+        self, model: nn.Module, experts: Mapping[str, Expert | str | Path] | Sequence[str | Path | Expert] = ()
+    ):
+        self.model = model
+        self.changes = 0
+        """How often experts have come or gone: what was made of them before is not good any more."""
+        self._places: dict[str, int] | None = None
+        if not isinstance(experts, Mapping):
+            if unnamed := [expert for expert in experts if isinstance(expert, Expert)]:
+                raise ValueError(f"{len(unnamed)} experts have no name: give them as {{name: expert}}")
+            names = [Path(expert).name for expert in experts]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two experts of one name among {', '.join(names)}: give them as {{name: folder}}")
+            experts = dict(zip(names, experts, strict=True))
+        for name, expert in experts.items():
+            self.add(name, expert)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All experts in the order of a mixture's weights."""
+        return tuple(self.model.peft_config) if self._adapted else ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The experts that requests are answered with: all but the one that classifies them."""
+        return tuple(name for name in self.names if name != DISPATCH)
+
+    @property
+    def _adapted(self) -> bool:
+        return isinstance(self.model, PeftModel) and isinstance(self.model.base_model, SVFModel)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model itself, adapted layers inside."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def add(self, name: str, expert: Expert | str | Path) -> None:
+        """Adds an expert, frozen; mixtures get one more weight, at the end.
+
+        Raises:
+            ValueError: for a name that is taken or cannot be used, or an expert of another base, which leaves the
+                library as it was.
+            FileNotFoundError: where there is none.
+        """
+        if name in self.names:
+            raise ValueError(f"there is an expert {name!r} already; choose another name")
+        if name in RESERVED or not name or "." in name:
+            raise ValueError(f"an expert cannot be called {name!r}; choose another name, without a dot")
+        if not isinstance(expert, Expert):
+            expert = Expert.load(expert_folder(expert))
+        config = replace(expert.config, init_std=0.0, inference_mode=True)
+        before = self.model
+        try:
+            if self._adapted:
+                self.model.add_adapter(name, config)
+            else:
+                kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
+                self.model = kind(self.model, config, adapter_name=name)
+            self._fill(name, expert)
+        except Exception:
+            self._remove(name, before)
+            raise
+        self._changed()
+
+    def remove(self, name: str) -> None:
+        """Takes an expert out, and its weight out of mixtures.
+
+        Raises:
+            ValueError: for an unknown expert.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no expert {name!r}; there are {', '.join(self.names) or 'none'}")
+        if len(self.names) == 1:
+            self.model = self.model.unload()
+        else:
+            kept = [other for other in self.names if other != name]
+            self.model.base_model.set_adapter(kept[0], inference_mode=True)  # a deleted active one would wake another
+            self.model.delete_adapter(name)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._places, self.changes = None, self.changes + 1
+
+    @torch.no_grad()
+    def _fill(self, name: str, expert: Expert) -> None:
+        parts = {
+            f"{layer.key}.{n}": layer.z(n)[name]
+            for layer in _layers(self.model, name)
+            for n in layer.experts[name].kept
+        }
+        if parts.keys() != expert.z.keys():
+            here, there = sorted(parts.keys() - expert.z.keys()), sorted(expert.z.keys() - parts.keys())
+            what = f"has nothing for {here[0]}" if here else f"adapts {there[0]}, which this model does not have"
+            raise ValueError(f"expert {name!r} {what}")
+        for key, z in parts.items():
+            if z.shape != expert.z[key].shape:
+                raise ValueError(
+                    f"expert {name!r} has {tuple(expert.z[key].shape)} numbers for {key}, the base {tuple(z.shape)}"
+                )
+            z.copy_(expert.z[key])
+
+    def _remove(self, name: str, before: nn.Module) -> None:
+        """What an expert that could not be added has left."""
+        if self._adapted and before is self.model:
+            for layer in self.model.base_model.layers():
+                if name in layer.experts:
+                    layer.delete_adapter(name)
+            self.model.peft_config.pop(name, None)
+            return
+        self.model = before
+        for parent in before.modules():
+            for child, module in list(parent.named_children()):
+                if isinstance(module, SVFLayer):
+                    setattr(parent, child, module.base_layer)
+
+    # Mixtures
+
+    def weights(self, mixture: Mixture = None) -> Tensor:
+        """A mixture as weights (experts,) or, where it differs by layer, (layers, experts).
+
+        Raises:
+            ValueError: for an unknown expert, or another number of weights.
+        """
+        if mixture is None or isinstance(mixture, str):
+            mixture = {} if mixture is None or mixture == "base" else {mixture: 1.0}
+        if isinstance(mixture, Mapping):
+            if unknown := [name for name in mixture if name not in self.names]:
+                raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.names) or 'none'}")
+            return torch.tensor([float(mixture.get(name, 0.0)) for name in self.names])
+        weights = torch.as_tensor(mixture, dtype=torch.float32)
+        if weights.shape not in ((len(self.names),), (len(self.layers), len(self.names))):
+            raise ValueError(
+                f"weights of shape {tuple(weights.shape)} do not fit {len(self.names)} experts "
+                f"({', '.join(self.names)}) and {len(self.layers)} layers"
+            )
+        return weights
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """What a mixture by layer has weights for: the model's numbered layers, and adapted modules beside them."""
+        return tuple(dict.fromkeys(map(_numbered, self.places)))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Key of an adapted layer -> its place among `layers`."""
+        if self._places is None:
+            keys = [layer.key for layer in self.model.base_model.layers()] if self._adapted else []
+            groups = list(dict.fromkeys(map(_numbered, keys)))
+            self._places = {key: groups.index(_numbered(key)) for key in keys}
+        return self._places
+
+    def batch(self, mixtures: Sequence[Tensor]) -> Tensor:
+        """Weights of several requests -> (rows, experts), or (rows, layers, experts) where one differs by layer."""
+        if any(weights.ndim > 1 for weights in mixtures):
+            shape = len(self.layers), len(self.names)
+            mixtures = [weights if weights.ndim > 1 else weights.expand(shape) for weights in mixtures]
+        return torch.stack(list(mixtures)) if mixtures else torch.zeros(0, len(self.names))
+
+    @contextmanager
+    def mix(self, weights: Tensor) -> Iterator[None]:
+        """While the block lasts, row i of a batch has mixture i of (rows, experts) or (rows, layers, experts)."""
+        if not self.names:
+            yield
+            return
+        by_layer = weights.ndim == 3
+        one = len(weights) and bool((weights == weights[:1]).all())  # cheaper, and for a batch of any size
+        with self.model.mix(weights[0] if one else weights, layers=self.places if by_layer else None):
+            yield
+
+    @torch.no_grad()
+    def expert(self, mixture: Mixture) -> Expert:
+        """A mixture as an ordinary expert (residual, no normalisation), to be saved or added."""
+        weights = self.weights(mixture)
+        chosen = [i for i in range(len(self.names)) if weights[..., i].any()] or [0]
+        if not self.names:
+            raise ValueError("the library has no experts to mix")
+        names = [self.names[i] for i in chosen]
+        layers = [m for m in self.model.base_model.layers() if any(name in m.experts for name in names)]
+        z = {}
+        kept = [self.model.peft_config[name].top_k for name in names]
+        for layer in layers:
+            place = self.places[layer.key]
+            here = weights[place] if weights.ndim > 1 else weights
+            for part in layer.names():
+                d = sum(float(here[self.names.index(name)]) * layer.shift_of(name, part) for name in names)
+                k = max(layer.experts[n].kept.get(part, 0) for n in names if n in layer.experts)
+                if k:
+                    z[f"{layer.key}.{part}"] = d[..., :k].cpu()
+        first = self.model.peft_config[names[0]]
+        hashes = {self.model.peft_config[name].basis_hash for name in names}
+        changes = {
+            "top_k": None if None in kept else max(kept),
+            "basis_hash": hashes.pop() if len(hashes) == 1 else None,
+        }
+        return Expert(z, _effective(first, layers, **changes))
+
+
+def expert_folder(source: str | Path) -> Path:
+    """Folder of an expert; one of the Hub is fetched first.
+
+    Raises:
+        FileNotFoundError: where it is neither a folder nor on the Hub, or the Hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError) as problem:
+        why = type(problem).__name__
+        raise FileNotFoundError(f"{source} is no folder, and could not be fetched from the Hub ({why})") from None
+
+
+def _numbered(key: str) -> str:
+    """model.layers.3.mlp.up_proj -> model.layers.3; keys without a number stay."""
+    found = re.match(r"(.*?\.\d+)(\.|$)", key)
+    return found[1] if found else key
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Another base: singular values in the same order, vectors of its own
+
+
+def transfer(expert: Expert, base: nn.Module, shuffle: int | None = None) -> Expert:
+    """An expert of one model for another one of the same shapes (arXiv 2501.06252, cross-model compatibility).
+
+    Weights of the same name get the same numbers; where names differ, the first `up_proj` gets those of the first, and
+    so on. Whether this helps is to be measured: `shuffle` is the control.
+
+    Args:
+        expert: of the one model.
+        base: the other one; its weights are not read.
+        shuffle: seed for giving every layer the numbers of another one; in order if not given.
+
+    Raises:
+        ValueError: where the other model has not as many weights of these shapes.
+    """
+    shapes = {n.replace(".base_layer.", "."): p.shape for n, p in base.named_parameters() if p.ndim > 1}
+    by_leaf: dict[str, list[str]] = {}
+    for name in expert.z:
+        by_leaf.setdefault(_leaf(name), []).append(name)
+    whole, to = expert.whole(), {}
+    for leaf, names in by_leaf.items():
+        there = names if all(name in shapes for name in names) else [name for name in shapes if _leaf(name) == leaf]
+        if len(there) != len(names):
+            raise ValueError(f"the expert has {len(names)} vectors for {leaf}, the other model has {len(there)} of it")
+        if shuffle is not None:
+            there = [there[i] for i in _derangement(len(there), shuffle)]
+        for name, other in zip(names, there, strict=True):
+            shape = shapes[other] if name in whole else (shapes[other][0], shapes[other][1:].numel())
+            directions = (*shape[:-2], min(shape[-2:]))
+            top_k = expert.config.top_k
+            if expert.z[name].shape != (*directions[:-1], min(directions[-1], top_k or directions[-1])):
+                raise ValueError(
+                    f"the expert has {tuple(expert.z[name].shape)} numbers for {name}, {other} of the other model has "
+                    f"{directions} singular values"
+                )
+            to[name] = other
+    config = replace(
+        expert.config,
+        target_modules={to[name].removesuffix(".weight") for name in to if name not in whole},
+        target_parameters=sorted(to[name] for name in whole) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        revision=None,
+        basis_hash=None,
+    )
+    order = {name: i for i, name in enumerate(shapes)}
+    return Expert({n: expert.z[old] for old, n in sorted(to.items(), key=lambda pair: order[pair[1]])}, config)
+
+
+def _leaf(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> up_proj.weight"""
+    return ".".join(name.split(".")[-2:])
+
+
+def _derangement(n: int, seed: int) -> list[int]:
+    """An order in which nothing is in its place; the same for the same n and seed."""
+    if n < 2:
+        raise ValueError("there is only one layer, which cannot be shuffled")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        if not (order == torch.arange(n)).any():
+            return order.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

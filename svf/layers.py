@@ -204,22 +204,35 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             return self.total_shift(self.active_adapters, name)
         if not self.mixed_last:
             self.mixed_last = True
+        grad = torch.is_grad_enabled()
+        if not grad:
+            if mix.nothing:
+                return None
+            made = mix.shifts.get((self.key, name, x.ndim))
+            if made is not None and (made.ndim == 1 or len(made) == len(x)):
+                return made
         experts = self.experts
         here = [i for i, one in enumerate(mix.names) if one in experts and name in experts[one].kept]
         if not here:
             return None
         shifts = torch.stack([self.shift_of(mix.names[i], name) for i in here])
+        one = mix.at(self.key)
         if not mix.per_row:
-            weights = mix.weights
+            weights = one.weights
         else:
             self.check_rows()
-            weights = mix.for_input(x, self.key)
+            weights = one.for_input(x, self.key)
         if len(here) < len(mix.names):
             weights = weights[..., here]
         weights = weights.to(shifts.device, torch.float32)
-        if shifts.ndim > 2:  # stacks of experts, one mixture
-            return torch.tensordot(weights, shifts, dims=1)
-        return weights @ shifts
+        # stacks of experts know only one mixture
+        d = torch.tensordot(weights, shifts, dims=1) if shifts.ndim > 2 else weights @ shifts
+        rows_alone = one.weights.ndim == 2 and x.ndim > 2 and len(d) == len(x)
+        if not grad and (not mix.per_row or rows_alone):
+            frozen = not any(self.z(name)[mix.names[i]].requires_grad for i in here)
+            if frozen:
+                mix.shifts[self.key, name, x.ndim] = d
+        return d
 
     def check_rows(self) -> None:
         """Raises ValueError where the rows of a batch do not reach this layer in their order."""
@@ -356,14 +369,36 @@ class SVFLinear(SVFLayer):
         weight = self.as_matrix("weight", self.parameter("weight"))
         return spectral.compose(weight, self.svf_basis.to(weight.dtype), d, self.side("weight"))
 
-    def _factored(self, x: Tensor, d: Tensor) -> Tensor:
+    def change(self) -> Tensor | None:
+        """W' - W, (n_out, n_in), of the active adapters or of one mixture for all rows; exactly 0 where d is. Costs one
+        product forward and one backward. For code that needs the weight itself, as the recurrence of a CTM does.
+
+        Raises:
+            ValueError: where every row has a mixture of its own.
+        """
+        if self.mixing.active is not None and self.mixing.active.per_row:
+            raise ValueError(f"{self.key} has no weight of its own while rows are mixed")
+        d = self.shift_for(self.svf_basis)  # any tensor: what is the same for all rows does not look at it
+        if d is None:
+            return None
+        down, up = self._factors()
+        return (up * d.to(up.dtype)) @ down
+
+    @torch.inference_mode(False)  # what is kept must be good for training, too
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) of `spectral.factors`, kept once made."""
         if self.svf_down is None:
             own, basis = self._own_matrix("weight"), self.svf_basis
             down, up = spectral.factors(own, basis.to(own.dtype), self.side("weight"))
             self.svf_down, self.svf_up = (part.to(basis.dtype).contiguous() for part in (down, up))
+        return self.svf_down, self.svf_up
+
+    def _factored(self, x: Tensor, d: Tensor) -> Tensor:
+        down, up = self._factors()
         if self.svf_basis.shape[-1] < min(self.in_features, self.out_features):  # truncated: add to the base's output
-            return self.base_layer(x) + spectral.factored(x, self.svf_down, self.svf_up, d, None)
-        return spectral.factored(x, self.svf_down, self.svf_up, 1 + d, self.bias)
+            return self.base_layer(x) + spectral.factored(x, down, up, d, None)
+        return spectral.factored(x, down, up, 1 + d, self.bias)
 
 
 class SVFConv2d(SVFLayer):

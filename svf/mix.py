@@ -1,11 +1,11 @@
-"""Mixtures of experts' shifts: one for all, one per row or one per token, while a `with model.mix(...)` block lasts.
+"""Mixtures of experts' shifts: one for all, per row, per token or per layer, while a `with model.mix(...)` block lasts.
 
 The model and its layers share one `Mixing`. The block states what is wanted; every forward of the whole model fixes it
 for its own batch (rows repeated by `generate`, rows and tokens flattened by some layers); layers only read it.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +22,28 @@ class Mix:
     weights: Tensor
     tokens: int | None = None
     """Tokens a row of the batch in progress has, where that is known."""
+    layers: Mapping[str, int] | None = None
+    """Key of an adapted layer -> its place on an axis of its own in weights, ([rows,] layers, experts)."""
+    nothing: bool = False
+    """All weights are zero: the base."""
+    shifts: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    """What frozen experts come to in a layer, made once for the whole block."""
 
     @property
     def per_row(self) -> bool:
-        return self.weights.ndim > 1
+        return self.weights.ndim > 1 + (self.layers is not None)
+
+    def at(self, key: str) -> "Mix":
+        """As one layer sees it: weights without the axis of layers.
+
+        Raises:
+            ValueError: for a layer that the mixture has no weights for.
+        """
+        if self.layers is None:
+            return self
+        if key not in self.layers:
+            raise ValueError(f"the mixture has no weights for {key}; give every adapted layer its place in `layers`")
+        return replace(self, weights=self.weights[..., self.layers[key], :], layers=None)
 
     def for_batch(self, rows: int, tokens: int | None, repeated: bool) -> "Mix":
         """The same for a batch; `repeated` where `generate` may have copied every row a number of times.
@@ -40,7 +58,7 @@ class Mix:
             weights = weights.repeat_interleave(rows // len(weights), dim=0)
         if len(weights) != rows:
             raise ValueError(f"the mixture has weights for {len(weights)} rows, the batch has {rows}")
-        if weights.ndim == 3 and tokens is not None and weights.shape[1] != tokens:
+        if self.layers is None and weights.ndim == 3 and tokens is not None and weights.shape[1] != tokens:
             raise ValueError(f"the mixture has weights for {weights.shape[1]} tokens a row, the batch has {tokens}")
         return replace(self, weights=weights, tokens=tokens)
 

@@ -368,15 +368,20 @@ class SVFModel(BaseTuner):
     # Mixtures
 
     @contextmanager
-    def mix(self, weights: Tensor | Mapping[str, float] | Sequence) -> Iterator[None]:
+    def mix(
+        self, weights: Tensor | Mapping[str, float] | Sequence, layers: Mapping[str, int] | None = None
+    ) -> Iterator[None]:
         """While the block lasts, every row (or token) of a batch has its own mixture of experts, in training too.
 
         The effective multiplier of a singular value is 1 + sum w (e_k - 1): weights of zero are the base. Gradients go
-        to the experts' z, where they are trainable (`set_requires_grad`), and to the weights.
+        to the experts' z, where they are trainable (`set_requires_grad`), and to the weights. Without gradients the
+        mixture of frozen experts is made once for the block: leave it before you change them.
 
         Args:
             weights: (experts,) for all rows, (rows, experts) or (rows, tokens, experts), columns in the order in which
                 the experts were added; or a dict, expert -> number, for all rows.
+            layers: key of an adapted layer -> its place on an axis of weights before the last, for weights that differ
+                by layer: (layers, experts) for all rows, or (rows, layers, experts).
 
         Raises:
             ValueError: for an unknown name, or a number of experts, rows or tokens that is not the model's; where an
@@ -389,17 +394,20 @@ class SVFModel(BaseTuner):
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in names])
         elif not isinstance(weights, Tensor):
             weights = torch.tensor(weights, dtype=torch.float32)
-        if weights.ndim not in (1, 2, 3) or weights.shape[-1] != len(names):
+        if weights.ndim not in ((1, 2, 3) if layers is None else (2, 3)) or weights.shape[-1] != len(names):
+            shapes = "(experts,), (rows, experts) or (rows, tokens, experts)"
+            shapes = shapes if layers is None else "(layers, experts) or (rows, layers, experts)"
             raise ValueError(
                 f"weights of shape {tuple(weights.shape)} do not fit {len(names)} experts ({', '.join(names)}): give "
-                "(experts,), (rows, experts) or (rows, tokens, experts)"
+                f"{shapes}"
             )
         if saved := [name for name in names if self.peft_config[name].modules_to_save]:
             raise ValueError(
                 f"{saved[0]!r} has modules of its own (modules_to_save), which cannot be mixed; delete it first"
             )
         parameter = next(self.model.parameters(), weights)
-        mixture = Mix(names, weights.to(parameter.device))
+        nothing = not weights.requires_grad and not weights.any()
+        mixture = Mix(names, weights.to(parameter.device), layers=layers, nothing=nothing)
         self._bring_mixtures_along()
         with self.mixing.use(mixture), self._generating():
             yield

@@ -14,9 +14,9 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from ctm.checkpoint import read
 from tasks.run import drawing, progress, sample_rows, say, write_aside
 from tasks.seen import Seen, learned_decays, of_split, spread, survey, telling, watch
 
@@ -42,8 +42,7 @@ class AnalyzingTrainer(Trainer):
             shown: how many of them are shown being thought about: solved ones and failures by turns.
         """
         if ckpt_path:
-            state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
-            model.load_state_dict(state)
+            model.load_state_dict(read(ckpt_path)["state_dict"])
         model.to(self.strategy.root_device)
         analyze(model, Path(self.default_root_dir), n, shown, str(ckpt_path))
 

@@ -1,6 +1,6 @@
 """What a task is: data, a loss, metrics and pictures around one kind of problem."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -71,6 +71,8 @@ class Task(LightningDataModule):
         no_early_exit: None, or a sentence that says why thinking cannot end at a tick of its own choice.
         difficulty_name: what `difficulty` counts, with its unit.
         position_name: what the positions of an answer are.
+        collate: makes a batch of samples; None stacks them.
+        in_ticks: whether it is solved by thinking in ticks, which pictures can show.
     """
 
     headline: str = "accuracy"
@@ -83,6 +85,8 @@ class Task(LightningDataModule):
     no_early_exit: str | None = None
     difficulty_name: str = "difficulty"
     position_name: str = "position"
+    collate: Callable[[list], object] | None = None
+    in_ticks: bool = True
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()
@@ -263,6 +267,7 @@ class Task(LightningDataModule):
         return DataLoader(
             self.dataset("train"),
             batch_sampler=Positions(self.batch_size, done, rank, world),
+            collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -274,7 +279,8 @@ class Task(LightningDataModule):
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
-        return DataLoader(share, **{"batch_size": self.eval_batch_size, "generator": torch.Generator()} | options)
+        usual = {"batch_size": self.eval_batch_size, "generator": torch.Generator(), "collate_fn": self.collate}
+        return DataLoader(share, **usual | options)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

@@ -1,6 +1,7 @@
 """The command line: LightningCLI, with one-line errors, run folders, and checkpoints that bring their settings along.
 
-Precedence, lowest first: signatures, base.yaml, the task's file, a checkpoint's own settings, overlays, command line.
+Precedence, lowest first: signatures, base.yaml, what a base brings along, the task's file, a checkpoint's own settings,
+overlays, command line.
 """
 
 import difflib
@@ -22,8 +23,9 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftConfig
 
-from ctm.checkpoint import compare
+from ctm.checkpoint import arguments, compare, read
 from tasks.analyze import AnalyzingTrainer
 from tasks.run import (
     Checkpoints,
@@ -41,7 +43,6 @@ from tasks.run import (
     find_checkpoint,
     read_run_checkpoint,
     say,
-    thinks,
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -84,6 +85,8 @@ def spell(words: list[str]) -> list[str]:
         elif key == "overlay":
             overlays.append(named_config(value, "overlay", CONFIGS / "overlay"))
         else:
+            if key == "model.base" and Path(value).is_file():
+                value = str(Path(value).resolve())  # what is trained on it will look for it there
             rest.append(f"--{key}={value}" if equals else f"--{key}")
 
     stored = []
@@ -104,6 +107,8 @@ def spell(words: list[str]) -> list[str]:
             rest = [word for word in rest if not word.startswith("--run=")]
         stored = [json.dumps(settings(checkpoint["config"], subcommand))]
     configs = tasks[:1] + stored + tasks[1:] + overlays
+    if brought := brought_along(configs, given):
+        configs.insert(0, json.dumps(brought))
     return [subcommand, *(f"--config={config}" for config in configs), *rest]
 
 
@@ -111,6 +116,31 @@ def settings(config: dict, subcommand: str) -> dict:
     """What of a run's settings holds for a command on its checkpoint: all to go on, else data and model."""
     keep = {"task", "seed_everything", "model", "data"} | ({"trainer", "checkpoint"} if subcommand == "fit" else set())
     return {key: value for key, value in config.items() if key in keep}
+
+
+def brought_along(configs: list[str], given: dict[str, str]) -> dict:
+    """What a CTM's `model.base` brings along: its sizes and its encoder; its data, also as what may be forgotten.
+
+    Raises:
+        UserError: where there is no such checkpoint, or it does not hold a whole model of this package.
+    """
+    kind, base = None, None
+    for config in configs:
+        model = content_of(config).get("model") or {}
+        kind, base = model.get("class_path", kind), (model.get("init_args") or {}).get("base", base)
+    base = given.get("model.base", base)
+    if kind != "ctm.lit.LitCTM" or base in (None, "null"):
+        return {}
+    try:
+        checkpoint = read(base)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"model.base: {error}") from error
+    if "ctm" not in checkpoint or "adapter" in checkpoint:
+        raise UserError(f"model.base: {base} does not hold a whole model of this package")
+    brought = {"model": {"class_path": kind, "init_args": arguments(checkpoint["ctm"])}}
+    if data := checkpoint.get("config", {}).get("data"):
+        brought["data"] = brought["model"]["init_args"]["old"] = data
+    return brought
 
 
 def named_config(name: str, kind: str, folder: Path = CONFIGS) -> str:
@@ -130,8 +160,13 @@ def config_file(value: str) -> str:
 
 def task_of(config: str) -> str | None:
     """The name of the task that a file configures; it says so itself."""
-    content = yaml.safe_load(Path(config).read_text())
-    return content.get("task") if isinstance(content, dict) else None
+    return content_of(config).get("task")
+
+
+def content_of(config: str) -> dict:
+    """What `--config` was given: a file, or its content."""
+    content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text())
+    return content if isinstance(content, dict) else {}
 
 
 def without_classes(config: dict) -> dict:
@@ -186,6 +221,12 @@ def explain(message: str, parser: Parser) -> str:
         key = next(group for group in match.groups() if group)
         full = (typed(key) or key).partition("=")[0].replace(".init_args", "")
         return f"unknown key {full!r}{nearest(full, known_keys(parser))}"
+    path = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', text))
+    if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        near = nearest(match[1], list(subclasses(PeftConfig))) if path == "model.adapter" else ""
+        return f"{path}={match[1]}: there is no such class{near}"
+    if match := re.search(r"the following arguments are required: (\w+)", text):
+        return f"{path}.{match[1]} is required"
     value = re.search(r"Expected an? (.*?)\. Got value: (.*?)(?:\.? |$)", text)
     nested = re.search(r"NestedArg\(key='([\w.]+)'", text)
     key = nested or re.search(r'(?:Parser key|[Kk]ey) "([\w.]+)"|^([\w.]+): ', text)
@@ -197,19 +238,35 @@ def explain(message: str, parser: Parser) -> str:
 
 
 def known_keys(parser: Parser) -> list[str]:
-    """Every key that a person can write: the parser's own, and those of the classes that the given files choose."""
+    """Every key that a person can write: the parser's own, and those of the classes that files and words choose."""
     subcommand = next((name for name in SUBCOMMANDS if name in sys.argv[1:2]), None)
     parser = (getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices[subcommand]) or parser
     keys = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in sys.argv[1:]:
-        if word.startswith("--config="):
-            config = word.partition("=")[2]
-            content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text())
-            for part in ("model", "data"):
-                if path := (content.get(part) or {}).get("class_path"):
-                    module, _, name = path.rpartition(".")
-                    keys |= set(signature_keys(getattr(importlib.import_module(module), name), part))
+        key, _, value = word.lstrip("-").partition("=")
+        if key == "config":
+            for part, chosen in content_of(value).items():
+                keys |= set(chosen_keys(chosen, part))
+        elif cls := subclasses(PeftConfig).get(value.rpartition(".")[2]):
+            keys |= set(signature_keys(cls, key))
     return sorted(key for key in keys if not key.endswith("help"))
+
+
+def chosen_keys(chosen: object, prefix: str) -> Iterator[str]:
+    """Keys of a class that a file chooses by `class_path`, and of the classes chosen for its arguments."""
+    if not isinstance(chosen, dict) or not {"class_path", "init_args"} & set(chosen):
+        return
+    module, _, name = chosen.get("class_path", "").rpartition(".")
+    if module:
+        yield from signature_keys(getattr(importlib.import_module(module), name), prefix)
+    for argument, value in (chosen.get("init_args") or {}).items():
+        yield from chosen_keys(value, f"{prefix}.{argument}")
+
+
+def subclasses(cls: type) -> dict[str, type]:
+    """All classes under one, by name."""
+    direct = cls.__subclasses__()
+    return {sub.__name__: sub for sub in direct} | {k: v for sub in direct for k, v in subclasses(sub).items()}
 
 
 def signature_keys(cls: type, prefix: str) -> Iterator[str]:
@@ -295,8 +352,8 @@ class CLI(LightningCLI):
         checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
         loggers = config.trainer.logger
         if self.subcommand == "analyze":
-            if not thinks(self.model):
-                raise UserError(f"analyze shows what is thought tick by tick; {type(self.model).__name__} has no ticks")
+            if not self.datamodule.in_ticks:
+                raise UserError("analyze shows how a model thinks tick by tick; this task is not solved in ticks")
             if min(config.n, config.shown) < 1:
                 raise UserError(f"n={config.n} and shown={config.shown} must be at least 1")
             kwargs["logger"] = False  # what it finds is in the report
@@ -308,12 +365,15 @@ class CLI(LightningCLI):
             )  # fmt: skip
             loggers = [FileLogger(self.folder, step), wandb]
             kwargs["logger"] = loggers
-        mine = [RunProgress(), StopAtNaN(), Report(self.folder)]
+        mine = [RunProgress(), StopAtNaN(), Report(self.folder, path)]
         if self.subcommand == "predict":
             mine.append(Predictions(self.folder))
         self.trainer_defaults["callbacks"] = mine
-        if self.subcommand != "analyze":
+        if self.subcommand != "analyze":  # reads its checkpoint itself
             self.config_init[self.subcommand]["weights_only"] = True
+            if content and Path(path).suffix == ".safetensors":  # a model alone: a run from its weights, at step 0
+                self.model.load_state_dict(content["state_dict"])
+                self.config_init[self.subcommand]["ckpt_path"] = None
         if self.subcommand in ("validate", "test"):
             self.config_init[self.subcommand]["verbose"] = False  # Report says it in a line
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
@@ -379,6 +439,9 @@ class CLI(LightningCLI):
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
             )
+            save_adapter = getattr(self.model, "save_adapter", None)
+            if self.trainer.is_global_zero and save_adapter and save_adapter(self.folder / "adapter"):
+                say(f"adapter: {self.folder / 'adapter'}")
 
 
 def main() -> None:
@@ -390,6 +453,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # Lightning's, of PyTorch
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # making mazes is fast
     warnings.filterwarnings("ignore", message=".*custom batch sampler.*")  # it returns all samples
+    warnings.filterwarnings(
+        "ignore", message=".*in eval mode at the start of training.*"
+    )  # BatchNorms of a frozen base
+    warnings.filterwarnings("ignore", message=".*loftq_config.*")  # PEFT's own default, once it was written to a file
     try:
         CLI()
     except Stopped as stop:

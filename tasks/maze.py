@@ -51,9 +51,11 @@ def _split(walls: bytes, size: int) -> str:
     return {8: "val", 9: "test"}.get(tenth, "train")
 
 
-def render(maze: Maze) -> np.ndarray:
-    """(3, n, n) floats in [0, 1]: free white, walls black, start red, goal green."""
+def render(maze: Maze, blue_walls: bool = False) -> np.ndarray:
+    """(3, n, n) floats in [0, 1]: free white, walls black (or blue), start red, goal green."""
     image = np.repeat(~maze.walls[None], 3, axis=0).astype(np.float32)
+    if blue_walls:
+        image[2] = 1
     image[:, maze.start[0], maze.start[1]] = (1, 0, 0)
     image[:, maze.goal[0], maze.goal[1]] = (0, 1, 0)
     return image
@@ -131,7 +133,7 @@ class MazeSet(Dataset):
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         maze = self.maze(position)
-        image, route = render(maze), maze.route
+        image, route = render(maze, self.task.blue_walls), maze.route
         if self.split == "train" and self.task.augment:
             image, route = augment(image, route, Random(f"augment/{self.task.seed}/{position}"))
         if self.task.expand_range:
@@ -220,6 +222,7 @@ class MazeTask(Task):
         lookahead: how many moves beyond the longest right prefix the curriculum of the loss looks.
         augment: quarter turns and flips of training mazes, as published.
         expand_range: pixels in [-1, 1] instead of [0, 1].
+        blue_walls: paints walls blue instead of black, which a model that has not seen it is lost in.
         n_val: validation mazes, where they are made.
         n_test: test mazes, where they are made.
         root: folder of PNG mazes in the published format (`train/` and `test/` under it) to use instead; layouts of
@@ -250,6 +253,7 @@ class MazeTask(Task):
         batch_size: int = 64,
         eval_batch_size: int = 250,
         num_workers: int = 0,
+        blue_walls: bool = False,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if size % 2 == 0 or size < 9:
@@ -259,7 +263,8 @@ class MazeTask(Task):
         self.at_least(route_length=(route_length, 1), lookahead=(lookahead, 1), n_val=(n_val, 1), n_test=(n_test, 1))
         self.at_least(reapply=(reapply, 0))
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
-        self.augment, self.expand_range, self.n_val, self.n_test = augment, expand_range, n_val, n_test
+        self.augment, self.expand_range, self.blue_walls = augment, expand_range, blue_walls
+        self.n_val, self.n_test = n_val, n_test
         self.root, self.reapply = Path(root).expanduser() if root else None, reapply
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
         self.difficulty_name = "route length (moves" + (")" if size < SMALL else ", rounded down to tens)")
@@ -362,7 +367,7 @@ class MazeTask(Task):
                 continue
             rng = Random(f"explore/{size}")
             mazes = [make_maze(size, rng, self.algorithm, lambda walls: split_of(walls) == "test") for _ in range(n)]
-            images = torch.from_numpy(np.stack([render(maze) for maze in mazes])).to(device)
+            images = torch.from_numpy(np.stack([render(maze, self.blue_walls) for maze in mazes])).to(device)
             images = 2 * images - 1 if self.expand_range else images
             walls, start, goal = self.read_image(images)
             thought = model(images)

@@ -454,10 +454,15 @@ def summary(trainer: Trainer, split: str) -> str:
 
 
 class Report(Callback):
-    """At the end of a test: the result in a line and in test.json, and pictures to media/ and W&B."""
+    """At the end of a test: the result in a line and in test.json, and pictures to media/ and W&B.
 
-    def __init__(self, folder: Path):
-        self.folder, self.n = folder, 0
+    Args:
+        folder: of the run.
+        start: the checkpoint whose weights the run began with, where the trainer does not know of one.
+    """
+
+    def __init__(self, folder: Path, start: str | None = None):
+        self.folder, self.start, self.n = folder, start, 0
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, *args) -> None:
         self.n += len(batch[0])
@@ -470,8 +475,9 @@ class Report(Callback):
     def report(self, trainer: Trainer, pl_module: LightningModule, n: int) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/") and CURVE not in k}
         seconds = getattr(pl_module, "seconds", {})  # not a metric: it depends on the machine
-        headline = trainer.datamodule.headline
-        content = {"n": n, "checkpoint": str(trainer.ckpt_path), "headline": headline, **metrics, **seconds}
+        cost = getattr(pl_module, "cost", {})
+        headline, checkpoint = trainer.datamodule.headline, str(trainer.ckpt_path or self.start)
+        content = {"n": n, "checkpoint": checkpoint, "headline": headline, **metrics, **seconds, **cost}
         write_aside(self.folder / "test.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
         if rows := getattr(pl_module, "difficulty_rows", []):
             text = StringIO()
@@ -479,12 +485,15 @@ class Report(Callback):
             writer.writeheader()
             writer.writerows(rows)
             write_aside(self.folder / "difficulty.csv", lambda aside: aside.write_text(text.getvalue(), newline=""))
-        if thinks(pl_module):
+        if trainer.datamodule.in_ticks:
             self.show(trainer, pl_module)
         say(f"test: {summary(trainer, 'test')}")
         if seconds:
             say(f"early exit: {seconds['early_exit_seconds']:.2f} s instead of {seconds['full_seconds']:.2f} s")
-        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({trainer.ckpt_path})")
+        say(f"{headline}: {metrics[f'test/{headline}']:.1%} of {n} unseen test samples ({checkpoint})")
+        for prefix, where in (("", "the same samples"), ("old_", "what the base was trained for")):
+            if (before := metrics.get(f"test/{prefix}before_{headline}")) is not None:
+                say(f"{headline}, {where}: {before:.1%} before, {metrics[f'test/{prefix}{headline}']:.1%} after")
 
     def show(self, trainer: Trainer, pl_module: LightningModule, among: int = 100) -> None:
         """The hardest test sample that is solved, among some, being solved; all the rest is `analyze`'s."""
@@ -516,8 +525,9 @@ class Media(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
         step = trainer.global_step
-        due = self.every and step % self.every == 0 and step != self.done
-        if not due or not trainer.is_global_zero or not thinks(pl_module):
+        if not trainer.datamodule.in_ticks:
+            return
+        if not self.every or step % self.every or step == self.done or not trainer.is_global_zero:
             return
         self.done, task = step, trainer.datamodule
         seen = Seen(watch(pl_module, self.chosen(task)), learned_decays(pl_module.model))
@@ -525,11 +535,6 @@ class Media(Callback):
 
     def chosen(self, task) -> list:
         return of_split(task, "val", spread(task, "val", self.samples))
-
-
-def thinks(module: LightningModule) -> bool:
-    """Whether a module gives thoughts, tick by tick, of which there are pictures: not a language model."""
-    return hasattr(module, "most_certain")
 
 
 def show(trainer: Trainer, seen: Seen, pictures: Callable[[], list], where: str) -> None:

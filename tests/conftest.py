@@ -78,5 +78,23 @@ def train(tmp_path):
     return run
 
 
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["golden"] = sorted(golden_cases_run)
+
+
+class Workers:
+    """What the processes of pytest-xdist tell the one that prints."""
+
+    @staticmethod
+    def pytest_testnodedown(node, error) -> None:
+        golden_cases_run.update(getattr(node, "workeroutput", {}).get("golden", ()))
+
+
+def pytest_configure(config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(Workers())
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(f"golden cases run: {len(golden_cases_run)} {sorted(golden_cases_run)}")

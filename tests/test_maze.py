@@ -135,6 +135,18 @@ def test_samples_are_padded_cut_and_scaled():
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
+def test_blue_walls_are_the_same_mazes():
+    black, blue = small(), small(blue_walls=True)
+    for i in range(5):
+        one, other = (torch.from_numpy(task.dataset("test")[i][0]) for task in (black, blue))
+        wall = (one == 0).all(0)
+        assert torch.equal(wall, (other == torch.tensor([0, 0, 1.0])[:, None, None]).all(0))
+        assert torch.equal(one[:, ~wall], other[:, ~wall])
+        assert all(
+            torch.equal(*pair) for pair in zip(black.read_image(one[None]), blue.read_image(other[None]), strict=True)
+        )
+
+
 def answer(moves: torch.Tensor, classes: int = 5) -> torch.Tensor:
     """Logits (B, T, P * 5) that say these moves (B, T, P)."""
     return (10.0 * torch.nn.functional.one_hot(moves, classes)).flatten(2)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import ROOT, relative
@@ -17,6 +18,7 @@ from published import from_case
 from torch import nn
 
 from ctm import CTM, CTMConfig, compat, ops, record
+from svf import SVFConfig
 
 SMALL = {"d_model": 24, "d_input": 8, "ticks": 5, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
 KINDS = {
@@ -260,32 +262,70 @@ def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, m
         assert not torch.allclose(fast, before)
 
 
-def test_an_adapter_is_applied_and_gets_the_same_gradient(monkeypatch):
-    peft = pytest.importorskip("peft")
-    net, read = make(), tokens()
-    config = peft.LoraConfig(
-        r=2, target_modules=r".*(query|q_proj|out_proj|k_proj|first\.1|down\.\d\.1|up\.\d\.1|head)"
-    )
+@pytest.mark.parametrize("method", ["lora", "svf", "svf-factored", "svf-top3"])
+@pytest.mark.parametrize("kind", ["dense", "gated"])
+def test_an_adapter_is_applied_and_gets_the_same_gradient(method, kind, monkeypatch):
+    compare_adapter(method, kind, monkeypatch, "cpu", 1e-5, 1e-4)
+
+
+def compare_adapter(method, kind, monkeypatch, device, tolerance, of_gradients) -> None:
+    net, read = make(device, **KINDS[kind]), tokens(device=device)
+    targets = r".*(query|q_proj|out_proj|k_proj|first\.1|down\.\d\.1|up\.\d\.1|synapses\.1|head)"
+    if method == "lora":
+        config = peft.LoraConfig(r=2, target_modules=targets)
+    else:
+        options = {"form": "factored"} if method == "svf-factored" else {"top_k": 3} if method == "svf-top3" else {}
+        config = SVFConfig(target_modules=targets, **options)
+    base = net(read).predictions
     model = peft.get_peft_model(net, config)
+    monkeypatch.setenv("CTM_OPS", "auto")
+    if method != "svf-factored":
+        assert torch.equal(model(read).predictions, base), "the identity at first, to the bit"
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora" in name:
+            if "lora_" in name or "svf_z" in name:
                 p.normal_(std=0.2)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) >= 16
-    found = {}
+    assert len(trained) >= 6
+    fast, found = ops.fast, {}
     for path in ("auto", "naive"):
         monkeypatch.setenv("CTM_OPS", path)
         monkeypatch.setattr(ops, "said", set())
+        taken = []
+        monkeypatch.setattr(ops, "fast", lambda *args, taken=taken: taken.append(1) or fast(*args))
+        with torch.inference_mode():
+            model(read)  # what is kept then must not stand in training's way
         predictions = model(read).predictions
         found[path] = predictions.detach(), torch.autograd.grad(predictions.square().sum(), list(trained.values()))
-        assert not ops.said
-    assert relative(found["auto"][0], found["naive"][0]) < 1e-5
-    for name, fast, plain in zip(trained, found["auto"][1], found["naive"][1], strict=True):
-        assert relative(fast, plain, 1e-4) < 1e-4, name
+        assert not ops.said and len(taken) == (2 if path == "auto" else 0)
+    assert relative(found["auto"][0], found["naive"][0]) < tolerance
+    for name, one, plain in zip(trained, found["auto"][1], found["naive"][1], strict=True):
+        assert relative(one, plain, 1e-4) < of_gradients, name
+    assert relative(found["auto"][0], base) > 1e-3
+    monkeypatch.setenv("CTM_OPS", "auto")
     with model.disable_adapter():
-        off = model(read).predictions
-    assert not torch.allclose(off, found["auto"][0])
+        assert torch.equal(model(read).predictions, base)
+
+
+def test_mixtures_on_the_fast_path(monkeypatch):
+    """One mixture for all rows is a weight; rows with mixtures of their own take the plain loop, which says so."""
+    net, read = make(), tokens(batch=2)
+    model = peft.get_peft_model(net, SVFConfig(target_modules=["query", "first.1"], init_std=0.3), "one")
+    model.add_adapter("two", SVFConfig(target_modules=["query", "first.1"], init_std=0.3))
+    rows = torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+    monkeypatch.setattr(ops, "said", set())
+    found = {}
+    for path in ("auto", "naive"):
+        monkeypatch.setenv("CTM_OPS", path)
+        with torch.no_grad(), model.mix({"one": 0.3, "two": 0.7}):
+            found[path] = model(read).predictions
+    assert relative(found["auto"], found["naive"]) < 1e-5 and not ops.said
+    monkeypatch.setenv("CTM_OPS", "auto")
+    with torch.no_grad(), model.mix(rows):
+        mixed = model(read).predictions
+    assert ops.said == {"a mixture of adapters of its own for every row"}
+    assert relative(mixed[:1], found["naive"][:1]) < 1e-5
+    assert relative(mixed[1:], found["naive"][1:]) > 1e-3
 
 
 def test_models_that_think_pickle_and_copy(monkeypatch):
@@ -404,6 +444,14 @@ def test_on_a_gpu(kind, monkeypatch):
         fast = net(read, 60).predictions
         monkeypatch.setenv("CTM_OPS", "naive")
         assert relative(fast, net(read, 60).predictions) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "svf"])
+@pytest.mark.parametrize("kind", ["dense", "gated"])
+def test_an_adapter_on_a_gpu(method, kind, monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    compare_adapter(method, kind, monkeypatch, "cuda", 2e-5, 5e-4)
 
 
 @pytest.mark.gpu

@@ -99,11 +99,12 @@ def test_loss_by_hand():
 
 
 def test_curriculum_by_hand():
-    """The first two of eight places are right: places 1 to 1 + 3 count."""
-    probability = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9])[None, None]
-    batch = torch.zeros(1, 8), torch.ones(1, 8, dtype=torch.long)
-    loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(1, 1)), batch)
-    assert float(loss) == pytest.approx(-np.log([0.9, 0.8, 0.3, 0.4]).mean(), rel=1e-5)
+    """Ten samples have the first two of eight places right, nine of them the third: places 1 to 2 + 3 count."""
+    probability = torch.tensor([0.9, 0.8, 0.6, 0.4, 0.3, 0.9, 0.9, 0.9]).repeat(10, 1)[:, None]
+    probability[3, 0, 2] = 0.4
+    batch = torch.zeros(10, 8), torch.ones(10, 8, dtype=torch.long)
+    loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(10, 1)), batch)
+    assert float(loss) == pytest.approx(-float(probability[:, 0, :5].log().mean()), rel=1e-5)
 
 
 def test_decoders_by_hand():

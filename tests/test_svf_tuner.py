@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from svf_models import CASES, Case, gpt2, llama, moe, thinker
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from svf import SVFConfig, spectral
 from svf.layers import SVFLayer
@@ -175,6 +175,62 @@ def test_weighted_adapter(case):
     expected = 0.4 * layer.shift_of("default", name) + 0.6 * layer.shift_of("other", name)
     assert torch.allclose(layer.shift_of("both", name), expected)
     assert model.peft_config["both"].parametrization == "residual"
+
+
+@pytest.mark.parametrize("parametrization", ["residual", "exp", "sigmoid"])
+@pytest.mark.parametrize("normalize", ["nuclear", "fro"])
+def test_a_normalisation_keeps_its_norm(normalize, parametrization):
+    """e in proportion to what it is without one; the sum of singular values, or of their squares, stays."""
+    torch.manual_seed(0)
+    plain = nn.Linear(12, 20)
+    u, s, vh = torch.linalg.svd(plain.weight.detach().double(), full_matrices=False)
+    z = 0.3 * torch.randn(12)
+    e = {"residual": 1 + z, "exp": z.exp(), "sigmoid": 2 * z.sigmoid()}[parametrization].double()
+    c = (s.sum() / (e * s).sum()) if normalize == "nuclear" else s.norm() / (e * s).norm()
+    config = SVFConfig(target_modules=["0"], parametrization=parametrization, normalize=normalize, max_mult=2.0)
+    model = get_peft_model(nn.Sequential(plain), config)
+    with torch.no_grad():
+        model.base_model.model[0].svf_z["default"].copy_(z)
+    merged = model.merge_and_unload()[0].weight.detach()
+    assert relative(merged, (u * (c * e * s)) @ vh) < 1e-5
+    values = torch.linalg.svdvals(merged.double())
+    order = {"nuclear": 1, "fro": 2}[normalize]
+    assert float(values.norm(order)) == pytest.approx(float(s.norm(order)), rel=1e-5)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    case = CASES["llama"]()
+    model = adapt(case, target_modules="all-linear")
+    layer = case.model.model.layers[0].mlp.up_proj
+    before = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.svf_z["default"][3] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj merged with default is not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+
+
+def test_trains_under_the_trainer_of_transformers(tmp_path):
+    """What its checkpoint holds is the expert, and training goes on from it."""
+    case = CASES["llama"]()
+    model = get_peft_model(case.model, SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    rows = [{"input_ids": row, "labels": row} for row in case.inputs[0]]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=2, learning_rate=0.05, report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_steps=1, seed=0,
+    )  # fmt: skip
+    before = {name: p.clone() for name, p in model.named_parameters() if "svf_" not in name}
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.01
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    expert = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert expert.keys() == {name.replace(".default", "") for name in zs(model)}
+    assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    ended = {name: z.detach().clone() for name, z in zs(model).items()}
+    Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(relative(z, ended[name], 1e-3) < 1e-4 for name, z in zs(model).items())
 
 
 def test_published_space():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctm.modules import KeysValues, Synchronization, SyncState
-from ctm.ops import torch_tick
+from ctm.ops import replay, torch_tick
 from ctm.ops.recurrence import Spec
 from ctm.ops.weights import Unsupported, Weights, collect
 
@@ -29,6 +29,11 @@ said: set[str] = set()
 
 def mode() -> str:
     return os.environ.get("CTM_OPS", "auto")
+
+
+def encode(encoder: nn.Module, *inputs: Tensor):
+    """`encoder(*inputs)`: tokens, or reads for every tick."""
+    return encoder(*inputs) if mode() == "naive" else replay.encode(encoder, *inputs)
 
 
 def backend(device: torch.device):
@@ -122,6 +127,9 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
         wanted=tuple(name for name, value in given.items() if learns and value.requires_grad), names=tuple(given),
     )  # fmt: skip
     runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
+    if runner.weights is not weights:
+        runner.weights = weights
+        runner.work.taken.clear()
     with torch.autocast(device.type, enabled=False):
         z_TBD, trace_BDM, alpha_BR = (ThinkAgain if again else Think).apply(runner, *given.values())
         sync_BTR, alpha_out_BR, beta_out_R = Scan.apply(
@@ -191,6 +199,8 @@ class Runner:
         self.turn: weakref.ref[Turn] | None = None
         self.graphs: tuple | None = None
         self.grads: dict[str, Tensor] = {}
+        self.weights: Weights | None = None
+        """Of the last thought: they are taken in once a thought, for its parts may share them."""
 
     @property
     def busy(self) -> bool:
@@ -208,7 +218,9 @@ class Runner:
             work.forward()
         self.uses += 1
         memory, ticks = self.spec.memory, self.spec.ticks
-        trace = torch.cat([given["trace"][:, :, ticks:], work.pre[max(0, ticks - memory) :].permute(1, 2, 0)], dim=2)
+        # As it lies in the buffers, the tick first: what comes after reads it row by row.
+        older = given["trace"].permute(2, 0, 1)[ticks:]
+        trace = torch.cat([older, work.pre[max(0, ticks - memory) :]]).permute(1, 2, 0)
         alpha = work.alpha.clone() if self.spec.n_pairs else work.z[0, :, :0].clone()
         return work.z[1:].detach(), trace, alpha
 
@@ -256,6 +268,7 @@ def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
 def clear() -> None:
     """Gives the memory of all buffers and graphs back."""
     runners.clear()
+    replay.kept.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -379,6 +379,54 @@ def up(
     tl.store(x_ptr + b * stride_x + i, u.to(x_ptr.dtype.element_ty), mask)
 
 
+@triton.jit(do_not_specialize=["site_down", "site_up"])
+def valley(
+    w_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, h_ptr, w_up_ptr, y_up_ptr, bias_up_ptr, gamma_up_ptr,
+    beta_up_ptr, stat_up_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, stat_skip_ptr, x_ptr,
+    gamma2_ptr, beta2_ptr, stat2_ptr, x_up_ptr, seed_ptr, site_down, site_up, p_drop, eps, inner, outer, stride_i,
+    stride_o, DROP: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """`norm_silu` and `up` of the two innermost layers with the products before them: x (outer) -> x_up (outer).
+
+    What the backward pass reads is stored, rounded, as if the four were four.
+    """
+    b = tl.program_id(0)
+    i, o = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_O)
+    mask_i, mask_o = i < inner, o < outer
+    dtype = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + b * stride_o + o, mask_o, 0.0).to(tl.float32)
+    w = tl.load(w_ptr + i[:, None] * stride_o + o[None, :], mask_i[:, None] & mask_o[None, :], 0.0).to(tl.float32)
+    y = tl.sum(w * x[None, :], axis=1).to(dtype)
+    tl.store(y_ptr + b * stride_i + i, y, mask_i)
+    y = y.to(tl.float32) + tl.load(bias_ptr + i, mask_i, 0.0)
+    mean, rstd = _statistics(y, mask_i, inner, eps)
+    _keep(stat_ptr, b, mean, rstd)
+    a = _affine((y - mean) * rstd, gamma_ptr, beta_ptr, i, mask_i)
+    h = a * tl.sigmoid(a)
+    if DROP:
+        h *= dropout_scale(seed_ptr, site_down, b * stride_i + i, p_drop)
+    h = h.to(dtype)
+    tl.store(h_ptr + b * stride_i + i, h, mask_i)
+    w = tl.load(w_up_ptr + o[:, None] * stride_i + i[None, :], mask_o[:, None] & mask_i[None, :], 0.0).to(tl.float32)
+    y = tl.sum(w * h.to(tl.float32)[None, :], axis=1).to(dtype)
+    place = b * stride_o + o
+    tl.store(y_up_ptr + place, y, mask_o)
+    y = y.to(tl.float32) + tl.load(bias_up_ptr + o, mask_o, 0.0)
+    mean, rstd = _statistics(y, mask_o, outer, eps)
+    _keep(stat_up_ptr, b, mean, rstd)
+    a = _affine((y - mean) * rstd, gamma_up_ptr, beta_up_ptr, o, mask_o)
+    _, _, _, skip = _norm_silu(
+        y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr, stat_skip_ptr, b, place, o, mask_o
+    )
+    v = a * tl.sigmoid(a) + skip
+    mean, rstd = _statistics(tl.where(mask_o, v, 0.0), mask_o, outer, eps)
+    _keep(stat2_ptr, b, mean, rstd)
+    u = _affine((v - mean) * rstd, gamma2_ptr, beta2_ptr, o, mask_o)
+    if DROP:
+        u *= dropout_scale(seed_ptr, site_up, place, p_drop)
+    tl.store(x_up_ptr + place, u.to(x_up_ptr.dtype.element_ty), mask_o)
+
+
 @triton.jit(do_not_specialize=["site"])
 def up_backward(
     dx_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, stat_ptr, y_skip_ptr, bias_skip_ptr, gamma_skip_ptr, beta_skip_ptr,

@@ -148,7 +148,7 @@ class Recurrence:
 
     # ------------------------------------------------------------------------------------------------------- forward
     def pack(self, given: dict[str, Tensor]) -> None:
-        """Takes weights, keys and values in, in the products' type, padded; without gradients, only what changed."""
+        """Takes weights, keys and values in, in the products' type, padded; without gradients, once a thought."""
         into, values = [], []
         for name, value in given.items():
             if not self.spec.keep and not value.is_inference():
@@ -218,12 +218,21 @@ class Recurrence:
             self.product("gated", row)
             self.gated_norm(t)
             return
-        for i in range(k):
+        for i in range(k - 1):
             self.product(f"down{i}", row)
             self.norm_silu(f"down{i}", t)
-        for i in range(k - 2, -1, -1):
+        self.valley(t)
+        for i in range(k - 3, -1, -1):
             self.product(f"up{i}", row)
             self.up(i, t)
+
+    def valley(self, t: int) -> None:
+        """The innermost two layers: to the narrowest width and back."""
+        row, k = self.row(t), len(self.spec.widths)
+        self.product(f"down{k - 1}", row)
+        self.norm_silu(f"down{k - 1}", t)
+        self.product(f"up{k - 2}", row)
+        self.up(k - 2, t)
 
     def product(self, layer: str, row: int) -> None:
         torch.mm(self.input_of(layer)[row], self.packed[f"w.{layer}"].T, out=self.y[layer][row])

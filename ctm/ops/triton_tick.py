@@ -84,7 +84,8 @@ class TritonRecurrence(Recurrence):
         kernels.attend[(s.batch * s.heads,)](
             q, self.packed["bq"], self.packed[f"keys{i}"], self.packed[f"values{i}"], self.p[i][t], out, self.seed,
             self.site_of(t, 0), 1 / math.sqrt(width), s.dropout, s.heads, n, width, q.stride(0), out.stride(0),
-            DROP=s.dropout > 0, BLOCK_S=block(n), BLOCK_D=block(width), num_warps=4,
+            DROP=s.dropout > 0, BLOCK_S=block(n), BLOCK_D=block(width),
+            num_warps=min(8, max(1, block(n) * block(width) // 8192)),
         )  # fmt: skip
 
     def attend_backward(self, t: int, i: int, do: Tensor) -> None:
@@ -134,6 +135,21 @@ class TritonRecurrence(Recurrence):
             self.dafter[layer], self.dskip.get(layer, self.no_bias), *self.layer(layer, t), self.dy[layer][t],
             *self.shares(layer, "gamma", "beta"), self.seed, self.site_of(t, layer), s.dropout, width, self.pad(width),
             DROP=s.dropout > 0, SKIP=layer in self.dskip, **self.row_options(layer),
+        )  # fmt: skip
+
+    def valley(self, t: int) -> None:
+        """In one launch, where both layers are narrow: their products are too small to fill anything."""
+        s, row, k = self.spec, self.row(t), len(self.spec.widths)
+        down, up, skip = f"down{k - 1}", f"up{k - 2}", f"down{k - 2}"
+        inner, outer = s.widths[-1], s.widths[-2]
+        if k == 2 or block(inner) > 32 or block(outer) > 512:
+            return super().valley(t)
+        kernels.valley[(s.batch,)](
+            self.packed[f"w.{down}"], *self.layer(down, row), self.after[down][row], self.packed[f"w.{up}"],
+            *self.layer(up, row), *self.layer(skip, row), self.after[skip][row], self.packed[f"gamma2.{up}"],
+            self.packed[f"beta2.{up}"], self.stat2[up][row], self.after[up][row], self.seed, self.site_of(t, down),
+            self.site_of(t, up), s.dropout, s.eps, inner, outer, self.pad(inner), self.pad(outer),
+            DROP=s.dropout > 0, BLOCK_I=block(inner), BLOCK_O=block(outer), num_warps=8,
         )  # fmt: skip
 
     def up(self, i: int, t: int) -> None:

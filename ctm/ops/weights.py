@@ -4,7 +4,6 @@ A part is known by its exact type. Whatever else stands in its place (an adapter
 here or sends the whole model to the plain loop; it is never passed over.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,12 +34,6 @@ class Weights:
     """Of matrix products."""
 
 
-EFFECTIVE: dict[type, Callable[[nn.Module], tuple[Tensor, Tensor | None]]] = {
-    nn.Linear: lambda linear: (linear.weight, linear.bias)
-}
-"""Type of a linear part -> its effective weight and bias. Adapters add theirs."""
-
-
 def lora(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The effective weight of a PEFT LoRA layer."""
     weight, bias = linear(layer.base_layer)
@@ -58,18 +51,35 @@ def lora(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
+def svf(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The effective weight of a singular-value adapter."""
+    weight, bias = linear(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return weight, bias
+    if layer.mixing.active is not None and layer.mixing.active.per_row:
+        raise Unsupported("a mixture of adapters of its own for every row")
+    change = layer.change()
+    return (weight if change is None else weight + change), bias
+
+
+EFFECTIVE: dict[str, Callable[[nn.Module], tuple[Tensor, Tensor | None]]] = {
+    "torch.nn.modules.linear.Linear": lambda layer: (layer.weight, layer.bias),
+    "peft.tuners.lora.layer.Linear": lora,
+    "svf.layers.SVFLinear": svf,
+}
+"""Type of a linear part, by its name so that none is imported for it -> its effective weight and bias."""
+
+
 def linear(part: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Effective weight and bias of a linear part.
 
     Raises:
         Unsupported: for a part of a type that is not known here.
     """
-    lora_module = sys.modules.get("peft.tuners.lora.layer")
-    if lora_module and type(part) is lora_module.Linear:
-        return lora(part)
-    if type(part) not in EFFECTIVE:
+    effective = EFFECTIVE.get(f"{type(part).__module__}.{type(part).__qualname__}")
+    if effective is None:
         raise Unsupported(f"a {type(part).__name__} in the place of a linear layer")
-    return EFFECTIVE[type(part)](part)
+    return effective(part)
 
 
 def known(part: nn.Module, *kinds: type) -> nn.Module:

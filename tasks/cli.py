@@ -352,6 +352,8 @@ class CLI(LightningCLI):
         checkpoints.wandb_id = wandb_id or os.urandom(4).hex()
         loggers = config.trainer.logger
         if self.subcommand == "analyze":
+            if not self.datamodule.in_ticks:
+                raise UserError("analyze shows how a model thinks tick by tick; this task is not solved in ticks")
             if min(config.n, config.shown) < 1:
                 raise UserError(f"n={config.n} and shown={config.shown} must be at least 1")
             kwargs["logger"] = False  # what it finds is in the report
@@ -420,8 +422,6 @@ class CLI(LightningCLI):
         self._before()
 
     def before_analyze(self) -> None:
-        if not self.datamodule.in_ticks:
-            raise UserError("analyze shows how a model thinks tick by tick; this task is not solved in ticks")
         RunConfig(self._parser("analyze"), self.config["analyze"]).setup(self.trainer, self.model, "analyze")
         self._before()
 

@@ -316,6 +316,16 @@ def test_without_matplotlib_analysis_ends_and_training_goes_on(module, monkeypat
     assert (tmp_path / "runs/parity/m/test.json").exists()
 
 
+def test_what_has_no_ticks_is_neither_drawn_nor_analyzed(monkeypatch, tmp_path, capsys):
+    small = [f"{key}={value}" for key, value in SMALL.items()] + ["trainer.logger=false", "trainer.max_steps=2"]
+    monkeypatch.setattr("tasks.base.Task.in_ticks", False)
+    run(["task=parity", *small, "overlay=fast", "run=m", "media_every=2"], monkeypatch, tmp_path)
+    assert not (tmp_path / "runs/parity/m/media").exists() and "pictures" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="this task is not solved in ticks"):
+        run(["analyze", "task=parity", "ckpt_path=last", "run=m"], monkeypatch, tmp_path)
+    assert [path.name for path in (tmp_path / "runs/parity").iterdir()] == ["m"]
+
+
 def test_media_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match=r"media\.samples=0 at least 1"):
         Media(samples=0)

@@ -551,7 +551,8 @@ def main() -> None:
         route()
         free()
     if "cem" in parts:
-        cem()
+        for task in ("longer", "digits"):  # short and long answers
+            cem(task)
         free()
     if "step" in parts:
         sizes = args.sizes or (["8x1x512", "32x8x512", "16x32x512"] if GPU else ["2x1x64", "2x8x64"])

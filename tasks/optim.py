@@ -45,8 +45,8 @@ class Optim:
             raise ValueError(f"model.optim.clip_history={self.clip_history} must be at least 1")
         if self.lr <= 0 or self.steps < 1 or min(self.warmup, self.hold) < 0 or self.warmup + self.hold > self.steps:
             raise ValueError(
-                f"model.optim needs lr > 0, warmup and hold of at least 0 and together at most steps, got lr={self.lr}, "
-                f"warmup={self.warmup}, hold={self.hold}, steps={self.steps}"
+                "model.optim needs lr > 0, and warmup and hold of at least 0 that are together at most steps, got "
+                f"lr={self.lr}, warmup={self.warmup}, hold={self.hold}, steps={self.steps}"
             )
 
     def factor(self, step: int) -> float:

@@ -498,6 +498,9 @@ class TextTask(Task):
         """Which completions are right."""
         return check(samples, completions, self.sandbox)
 
+    def count(self, batch: Batch) -> int:
+        return sum(sample.domain in self.domains for sample in batch.samples)
+
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
         return Batch(samples)

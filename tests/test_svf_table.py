@@ -81,5 +81,5 @@ def test_every_method_is_a_run_that_train_py_understands(monkeypatch):
 
 def test_runs_that_fail_are_named_when_the_others_are_finished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError, match="bad: UserError.*there is no task"):
+    with pytest.raises(RuntimeError, match=r"bad: UserError.*there is no task"):
         table.make_all([table.Run("bad", ("task=nothing",))], 1, tmp_path / "out")

@@ -165,7 +165,8 @@ class LitLM(Adapting, LightningModule):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention), tokenizer
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.base={base} cannot be loaded: {str(error).splitlines()[0]}") from error
+            problem = str(error).splitlines()[0]
+        raise ValueError(f"model.base={base} cannot be loaded: {problem}")  # outside, so that it has no other cause
 
     @staticmethod
     def _fresh(scratch: Scratch, dtype: str) -> tuple[nn.Module, Any]:

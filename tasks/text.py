@@ -478,7 +478,8 @@ class TextTask(Task):
         try:
             return Sandbox()
         except RuntimeError as error:
-            raise ValueError(f"data.domain={domain} needs a sandbox: {error}") from error
+            problem = str(error)
+        raise ValueError(f"data.domain={domain} needs a sandbox: {problem}")  # outside, so that it has no other cause
 
     def dataset(self, split: str) -> Dataset | list[Sample]:
         if split == "train":

@@ -138,7 +138,7 @@ class LitLM(Adapting, LightningModule):
         self.model, self.tokenizer = self._fresh(scratch, dtype) if scratch else self._load(base, dtype, attention)
         task.tokenizer = self.tokenizer
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind has no autograd.grad
         self.experts = task.domains if isinstance(adapter, SVFConfig) and len(task.domains) > 1 else []
         if adapter is not None:
             if len(task.domains) > 1 and not self.experts:
@@ -149,6 +149,7 @@ class LitLM(Adapting, LightningModule):
                 raise ValueError("data.others: which expert should answer them? Give one data.domain")
             self.model = self._adapt(adapter, base)
         optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
+        self.model.train()  # Lightning keeps what it finds, and checkpoints are loaded for evaluation
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         keeps_base = adapter is None and objective == "reward" and policy.kl > 0
@@ -165,7 +166,8 @@ class LitLM(Adapting, LightningModule):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention), tokenizer
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.base={base} cannot be loaded: {str(error).splitlines()[0]}") from error
+            problem = str(error).splitlines()[0]
+        raise ValueError(f"model.base={base} cannot be loaded: {problem}")  # outside, so that it has no other cause
 
     @staticmethod
     def _fresh(scratch: Scratch, dtype: str) -> tuple[nn.Module, Any]:

@@ -123,6 +123,10 @@ class Task(LightningDataModule):
         """More values (B,) of every test sample, for which the model has to think again."""
         return {}
 
+    def count(self, batch) -> int:
+        """How many samples of a batch the headline metric is about."""
+        return len(batch[0])
+
     def difficulty(self, batch) -> Tensor | None:
         """How hard every sample is (B,), whole numbers: test metrics are written by it, too."""
         return None

@@ -19,8 +19,6 @@ class Optim:
     """Highest learning rate."""
     warmup: int = 0
     """Steps of linear warm-up to it."""
-    hold: int = 0
-    """Steps that it is held for before the cosine begins."""
     steps: int = 100_000
     """Steps until the cosine ends; not taken from trainer.max_steps, so that a run can go on past it unchanged."""
     final_lr: float = 1e-7
@@ -43,20 +41,17 @@ class Optim:
             raise ValueError(f"model.optim.clip_quantile={self.clip_quantile} must be above 0 and at most 1")
         if self.clip_history < 1:
             raise ValueError(f"model.optim.clip_history={self.clip_history} must be at least 1")
-        if self.lr <= 0 or self.steps < 1 or min(self.warmup, self.hold) < 0 or self.warmup + self.hold > self.steps:
+        if self.lr <= 0 or self.steps < 1 or not 0 <= self.warmup <= self.steps:
             raise ValueError(
-                f"model.optim needs lr > 0, warmup and hold at least 0 and together at most steps, got lr={self.lr}, "
-                f"warmup={self.warmup}, hold={self.hold}, steps={self.steps}"
+                f"model.optim needs lr > 0 and 0 <= warmup <= steps, got lr={self.lr}, "
+                f"warmup={self.warmup}, steps={self.steps}"
             )
 
     def factor(self, step: int) -> float:
         """Share of the highest learning rate that step number `step` (from 0) takes."""
         if step < self.warmup:
             return step / self.warmup
-        before = self.warmup + self.hold
-        if step < before:
-            return 1.0
-        done = min(1.0, (step - before) / max(1, self.steps - before))
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         final = self.final_lr / self.lr
         return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 

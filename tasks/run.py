@@ -465,7 +465,7 @@ class Report(Callback):
         self.folder, self.start, self.n = folder, start, 0
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, *args) -> None:
-        self.n += len(batch[0])
+        self.n += trainer.datamodule.count(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         n = int(trainer.strategy.reduce(torch.tensor(self.n, device=pl_module.device), reduce_op="sum"))

@@ -478,7 +478,8 @@ class TextTask(Task):
         try:
             return Sandbox()
         except RuntimeError as error:
-            raise ValueError(f"data.domain={domain} needs a sandbox: {error}") from error
+            problem = str(error)
+        raise ValueError(f"data.domain={domain} needs a sandbox: {problem}")  # outside, so that it has no other cause
 
     def dataset(self, split: str) -> Dataset | list[Sample]:
         if split == "train":
@@ -497,6 +498,9 @@ class TextTask(Task):
     def check(self, samples: Sequence[Sample], completions: Sequence[str]) -> list[bool]:
         """Which completions are right."""
         return check(samples, completions, self.sandbox)
+
+    def count(self, batch: Batch) -> int:
+        return sum(sample.domain in self.domains for sample in batch.samples)
 
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:

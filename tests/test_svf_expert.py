@@ -28,7 +28,7 @@ def test_the_shipped_base_is_small_loads_and_answers_about_half_of_each_domain()
         rows = rollout.sample(model, prompts, rollout.end_tokens(model, tokenizer), tokenizer.pad_token_id, 16)
         answers = [row[kept].tolist() for row, kept in zip(rows.answers, rows.answered, strict=True)]
         right = sum(check(asked, tokenizer.batch_decode(answers, skip_special_tokens=True))) / 200
-        assert 0.3 < right < 0.7, (domain, right)
+        assert 0.25 < right < 0.65, (domain, right)
 
 
 def test_a_run_trains_an_expert_and_says_what_it_gained(train, tmp_path):
@@ -45,7 +45,7 @@ def test_a_run_trains_an_expert_and_says_what_it_gained(train, tmp_path):
     test = json.loads((run / "test.json").read_text())
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     of_math = [answer for answer in answers if answer["domain"] == "math"]
-    assert len(answers) == 60 and len(of_math) == 30
+    assert len(answers) == 60 and len(of_math) == test["n"] == 30
     assert test["test/accuracy"] == pytest.approx(sum(a["right"] for a in of_math) / 30)
     assert test["test/before_accuracy"] == pytest.approx(sum(a["base_right"] for a in of_math) / 30)
     assert test["test/gain"] == pytest.approx(test["test/accuracy"] - test["test/before_accuracy"], abs=1e-6)
@@ -65,7 +65,7 @@ def test_a_run_trains_an_expert_and_says_what_it_gained(train, tmp_path):
             assert not torch.allclose(model(input_ids=ids).logits, adapted)
     with safe_open(run / "adapter/adapter_model.safetensors", "pt") as file:
         assert all("svf_z" in name for name in file.keys())  # noqa: SIM118
-    again = train("test", "task=expert", "ckpt_path=last", *words[:2], "data.others=[logic]")
+    again = train("test", "task=expert", "ckpt_path=best", *words[:2], "data.others=[logic]")
     assert again.returncode == 0, again.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("accuracy: "))
     assert line.partition(" (")[0] in again.stdout

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from svf_models import llama
 from torch import nn
 from transformers import LlamaConfig
@@ -156,7 +156,12 @@ def shifted(module, by=0.1):
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_the_gradient_is_that_of_the_written_formula(lit, monkeypatch, micro_batch):
     policy = Policy(answers=4, temperature=1.5, kl=0.3, wrong=-1.0)
-    module = lit(policy=policy, adapter=SVFConfig(target_modules="all-linear"), micro_batch=micro_batch)
+    often = {"micro_batch": micro_batch, "gradient_checkpointing": micro_batch is not None}
+    module = lit(policy=policy, adapter=SVFConfig(target_modules="all-linear"), **often)
+    forwards = []
+    module.model.get_submodule("base_model.model.model.layers.0").mlp.register_forward_hook(
+        lambda *_: forwards.append(1)
+    )
     shifted(module)
     kept = {}
     answer = module.answer
@@ -168,6 +173,8 @@ def test_the_gradient_is_that_of_the_written_formula(lit, monkeypatch, micro_bat
     loss.backward()
     found = gradients(module)
     module.zero_grad()
+    drawing = kept["rows"].n
+    assert len(forwards) == drawing + (2 if micro_batch is None else 9)  # of 3 micro-batches: twice, and the base
 
     rows, total, kls, lengths = kept["rows"], 0.0, [], []
     base = copy.deepcopy(module.model).eval()
@@ -261,6 +268,27 @@ def test_reward_is_learned(lit, monkeypatch):
         optimizer.step()
     assert shares[0] < 0.55 and sum(shares[-5:]) / 5 > 0.72, shares
     assert all(p.equal(base[name]) for name, p in module.named_parameters() if name in base)
+
+
+@pytest.mark.parametrize(
+    "adapter, part",
+    [
+        (LoraConfig(target_modules="all-linear"), "lora_"),
+        (LoraConfig(target_modules="all-linear", use_dora=True), "lora_"),
+        (IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), "ia3_"),
+        (SVFConfig(), "svf_z"),
+        (None, ""),
+    ],
+)
+def test_one_recipe_trains_any_adapter_or_all(lit, monkeypatch, adapter, part):
+    module = lit(adapter=adapter, policy=Policy(kl=0.1))
+    monkeypatch.setattr(module.task, "check", lambda samples, texts: [i % 3 == 0 for i in range(len(texts))])
+    module.training_step(Batch([module.task.dataset("train")[i] for i in range(2)]), 0).backward()
+    trained = {name: p.grad for name, p in module.model.named_parameters() if p.requires_grad}
+    assert trained and all(part in name for name in trained)
+    assert any(grad.any() for grad in trained.values()) and all(grad.isfinite().all() for grad in trained.values())
+    assert module.logged["train/kl"] == pytest.approx(0, abs=1e-5) and module.logged["train/entropy"] > 0
+    assert sum(p.numel() for p in module.parameters() if p.requires_grad) == module.cost["trainable"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -159,9 +159,8 @@ def test_the_gradient_is_that_of_the_written_formula(lit, monkeypatch, micro_bat
     often = {"micro_batch": micro_batch, "gradient_checkpointing": micro_batch is not None}
     module = lit(policy=policy, adapter=SVFConfig(target_modules="all-linear"), **often)
     forwards = []
-    module.model.get_submodule("base_model.model.model.layers.0").mlp.register_forward_hook(
-        lambda *_: forwards.append(1)
-    )
+    mlp = module.model.get_submodule("base_model.model.model.layers.0.mlp")
+    mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     shifted(module)
     kept = {}
     answer = module.answer
@@ -173,7 +172,8 @@ def test_the_gradient_is_that_of_the_written_formula(lit, monkeypatch, micro_bat
     loss.backward()
     found = gradients(module)
     module.zero_grad()
-    assert layer.training
+    drawing = kept["rows"].n
+    assert len(forwards) == drawing + (2 if micro_batch is None else 9)  # of 3 micro-batches: twice, and the base
 
     rows, total, kls, lengths = kept["rows"], 0.0, [], []
     base = copy.deepcopy(module.model).eval()

@@ -159,9 +159,8 @@ def test_the_gradient_is_that_of_the_written_formula(lit, monkeypatch, micro_bat
     often = {"micro_batch": micro_batch, "gradient_checkpointing": micro_batch is not None}
     module = lit(policy=policy, adapter=SVFConfig(target_modules="all-linear"), **often)
     forwards = []
-    module.model.get_submodule("base_model.model.model.layers.0").mlp.register_forward_hook(
-        lambda *_: forwards.append(1)
-    )
+    mlp = module.model.get_submodule("base_model.model.model.layers.0.mlp")
+    mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     shifted(module)
     kept = {}
     answer = module.answer

@@ -105,16 +105,18 @@ def spell(words: list[str]) -> list[str]:
             "best",
         ):  # `run` said whose checkpoint; the test is a run of its own
             rest = [word for word in rest if not word.startswith("--run=")]
-        stored = [json.dumps(settings(checkpoint["config"], subcommand))]
+        stored = [json.dumps(settings(checkpoint["config"], subcommand, task is None))]
     configs = tasks[:1] + stored + tasks[1:] + overlays
     if brought := brought_along(configs, given):
         configs.insert(0, json.dumps(brought))
     return [subcommand, *(f"--config={config}" for config in configs), *rest]
 
 
-def settings(config: dict, subcommand: str) -> dict:
-    """What of a run's settings holds for a command on its checkpoint: all to go on, else data and model."""
-    keep = {"task", "seed_everything", "model", "data"} | ({"trainer", "checkpoint"} if subcommand == "fit" else set())
+def settings(config: dict, subcommand: str, nameless: bool) -> dict:
+    """What of a run's settings holds for a command on its checkpoint: all to go on, else data and model; its task's
+    name only where the command gives none."""
+    keep = {"seed_everything", "model", "data"} | ({"trainer", "checkpoint"} if subcommand == "fit" else set())
+    keep |= {"task"} if nameless or subcommand == "fit" else set()
     return {key: value for key, value in config.items() if key in keep}
 
 

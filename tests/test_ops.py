@@ -18,6 +18,8 @@ from published import from_case
 from torch import nn
 
 from ctm import CTM, CTMConfig, compat, ops, record
+from ctm.encoders import ResNet
+from ctm.model import Thinker
 from svf import SVFConfig
 
 SMALL = {"d_model": 24, "d_input": 8, "ticks": 5, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
@@ -353,6 +355,50 @@ def test_golden_models_take_the_fast_path(golden, name, monkeypatch):
     with torch.no_grad():
         assert relative(model(*case.inputs()).predictions.mT, case["eval.predictions"]) < 1e-5
     assert ops.runners and not ops.said
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_changed_behind_autograds_back_are_seen(device, monkeypatch):
+    """As an average of weights is written: through `.data`, which leaves no trace on the parameter."""
+    encoder = ResNet(8, stages=1)
+    model = Thinker(encoder, make()).to(device).eval()
+    images = torch.randn(2, 3, 15, 15, device=device)
+    torch.set_float32_matmul_precision("highest")
+    for turn in range(4):  # on a GPU by launches, while it is recorded, replayed
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        with torch.no_grad():
+            monkeypatch.setenv("CTM_OPS", "auto")
+            fast = model(images).predictions
+            monkeypatch.setenv("CTM_OPS", "naive")
+            assert relative(fast, model(images).predictions) < 1e-4, turn
+
+
+@pytest.mark.gpu
+def test_an_encoder_is_replayed_only_where_nothing_else_can_change(monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    ops.clear()
+    encoder, images = ResNet(8, stages=1).cuda().eval(), torch.randn(2, 3, 15, 15, device="cuda")
+    graphs = ops.replay.kept
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        direct = encoder(images)
+        for _ in range(3):
+            assert relative(ops.encode(encoder, images), direct) < 1e-6
+        assert [type(graph).__name__ for graph in graphs[encoder].values()] == ["Replay"]
+        other = torch.randn_like(images)
+        assert relative(ops.encode(encoder, other), encoder(other)) < 1e-6
+    ops.encode(encoder, images).sum().backward()
+    assert encoder.rgb.weight.grad is not None
+    encoder.train()
+    with torch.no_grad():
+        before = encoder.stem[1].running_mean.clone()
+        ops.encode(encoder, images)
+    assert not before.equal(encoder.stem[1].running_mean) and len(graphs[encoder]) == 1
+    seen = []
+    encoder.eval().stem.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        ops.encode(encoder, images)
+    assert seen == [1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ def test_weight_decay_leaves_names_out():
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     ok(train(*TINY, "run=whole", "trainer.max_steps=12"))
     ok(train(*TINY, "run=half", "trainer.max_steps=6"))

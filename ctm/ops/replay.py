@@ -37,13 +37,13 @@ class Replay:
 
 def encode(encoder: nn.Module, *inputs: Tensor):
     """What `encoder(*inputs)` gives, from its second call with such inputs on by a graph, where it may be one."""
-    if not may_replay(encoder, *inputs):
+    addresses = addresses_of(encoder, *inputs)
+    if addresses is None:
         return encoder(*inputs)
     (x,), graphs = inputs, kept.setdefault(encoder, OrderedDict())
     key = (
         x.shape, x.dtype, x.stride(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
-        *(value.data_ptr() for value in (*encoder.parameters(), *encoder.buffers())),
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, *addresses,
     )  # fmt: skip
     if key not in graphs:
         graphs[key] = None  # the first call compiles, and chooses algorithms
@@ -56,16 +56,20 @@ def encode(encoder: nn.Module, *inputs: Tensor):
     return graphs[key](x)
 
 
-def may_replay(encoder: nn.Module, *inputs: Tensor) -> bool:
-    """Whether it is known that nothing but the numbers of one input changes from call to call."""
+def addresses_of(encoder: nn.Module, *inputs: Tensor) -> list[int] | None:
+    """Where all weights lie, if it is known that nothing else but the numbers of one input changes from call to call;
+    None if not."""
     if not getattr(encoder, "replayable", False) or len(inputs) != 1 or not inputs[0].is_cuda:
-        return False
+        return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+        return None
     if nn_module._has_any_global_hook() or torch.cuda.is_current_stream_capturing():
-        return False
+        return None
+    addresses = []
     for part in encoder.modules():
         hooked = part._forward_hooks or part._forward_pre_hooks
         if part.training or hooked or not type(part).__module__.startswith(OUR_OWN):
-            return False
-    return True
+            return None
+        for values in (part._parameters, part._buffers):
+            addresses += [value.data_ptr() for value in values.values() if value is not None]
+    return addresses

@@ -182,7 +182,8 @@ def refuse_hooks(net: nn.Module) -> None:
     if nn_module._has_any_global_hook():
         raise Unsupported("a global hook")
     for name, part in net.named_modules():
-        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-        hooks += [*part._backward_hooks.values(), *part._backward_pre_hooks.values()]
-        if name and any(not getattr(hook, "records", False) for hook in hooks) and not name.startswith("head"):
+        kinds = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+        if not any(kinds) or not name or name.startswith("head"):
+            continue
+        if any(not getattr(hook, "records", False) for hooks in kinds for hook in hooks.values()):
             raise Unsupported(f"a hook on {name}")

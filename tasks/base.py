@@ -207,8 +207,8 @@ class Task(LightningDataModule):
         from tasks import figures
         from tasks.figures import Picture
 
-        headline, n = self.headline, survey.n
-        tick, right = survey.values["ticks"], survey.values[headline]
+        done, n = "right" if self.headline == "accuracy" else self.headline, survey.n
+        tick, right = survey.values["ticks"], survey.values[self.headline]
         ticks = survey.curves["certainty_by_tick"].shape[1]
         ways = {"": "at this tick", "_most_certain": "most certain so far"}
         ways |= {"_averaged": "mean so far", "_weighted": "weighted mean so far"}
@@ -249,7 +249,7 @@ class Task(LightningDataModule):
                 Picture(
                     "thinking_time", "Thinking time",
                     f"The tick at which the answer to each of {n} test samples was given.",
-                    partial(figures.thinking_time, tick, right, ticks, headline),
+                    partial(figures.thinking_time, tick, right, ticks, done),
                 )
             )  # fmt: skip
         if survey.difficulty is not None:
@@ -258,7 +258,7 @@ class Task(LightningDataModule):
                 Picture(
                     "difficulty", f"By {self.difficulty_name}",
                     f"{n} test samples by {self.difficulty_name}; bars are 95 % intervals (Wilson's for shares).",
-                    partial(figures.by_difficulty, hard, tick, right, ticks, self.difficulty_name, headline),
+                    partial(figures.by_difficulty, hard, tick, right, ticks, self.difficulty_name, done),
                 )
             )  # fmt: skip
         return pictures

@@ -782,7 +782,8 @@ def by_difficulty(
     right.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     right.legend(loc="best")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.set_xlim(values[0] - step / 2, values[-1] + step / 2)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
         axes.grid(axis="y", color="#EEEEEE")
     return figure
 

@@ -9,7 +9,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from ctm.model import Read, Thought, batch_of, every_tick, reset_rows
+from ctm.model import Read, Thought, batch_of, every_tick, projected_once, reset_rows
 from ctm.modules import CrossAttention, KeysValues, certainty
 
 
@@ -81,7 +81,7 @@ class LSTM(nn.Module):
         self, reads: Read | Sequence[Read], ticks: int | None = None, state: LSTMState | None = None
     ) -> Thought:
         """Arguments and errors as `CTM.forward`."""
-        reads = every_tick(reads, ticks, self.config.ticks, self.attention)
+        reads = projected_once(every_tick(reads, ticks, self.config.ticks), self.attention)
         hidden, cell = state or self.start(batch_of(reads[0]))
         tops = []
         for read in reads:

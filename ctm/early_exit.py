@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ctm import ops
 from ctm.baselines import LSTMState
-from ctm.model import Read, State, Thinker, Thought, every_tick
+from ctm.model import Read, State, Thinker, Thought, every_tick, projected_once
 
 
 class Exit(NamedTuple):
@@ -32,7 +32,7 @@ def think_until(model: Thinker, *inputs: Tensor, threshold: float, most_certain:
         model: a CTM or an LSTM with its encoder, in evaluation mode.
     """
     net = model.net
-    reads = every_tick(ops.encode(model.encoder, *inputs), None, net.config.ticks, net.attention)
+    reads = projected_once(every_tick(ops.encode(model.encoder, *inputs), None, net.config.ticks), net.attention)
     first = len(reads) - (model.encoder.answer_ticks or len(reads))
     batch, device = len(inputs[0]), inputs[0].device
     predictions = torch.zeros(batch, net.out_dims[0] * net.out_dims[1], device=device)

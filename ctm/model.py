@@ -135,14 +135,11 @@ def projected(read: Read, attention: nn.Module | None) -> Read:
     return attention.keys_values(read)
 
 
-def every_tick(
-    reads: Read | Sequence[Read], ticks: int | None, default: int, attention: nn.Module | None
-) -> list[Read]:
-    """One read for each tick, with tokens projected to keys and values once for all ticks that read them.
+def every_tick(reads: Read | Sequence[Read], ticks: int | None, default: int) -> list[Read]:
+    """One read for each tick.
 
     Raises:
-        ValueError: where `ticks` is given and differs from the number of reads, there is no tick at all, or a model
-            without attention is given tokens.
+        ValueError: where `ticks` is given and differs from the number of reads, or there is no tick at all.
     """
     if isinstance(reads, Tensor | KeysValues):
         reads = [reads] * (default if ticks is None else ticks)
@@ -150,6 +147,15 @@ def every_tick(
         raise ValueError(f"{len(reads)} reads are {len(reads)} ticks, not {ticks}")
     if not reads:
         raise ValueError("a thought takes at least one tick")
+    return list(reads)
+
+
+def projected_once(reads: Sequence[Read], attention: nn.Module | None) -> list[Read]:
+    """Tokens as keys and values, projected once for all ticks that read them.
+
+    Raises:
+        ValueError: where a model without attention is given tokens.
+    """
     distinct = {id(read): read for read in reads}
     distinct = {key: projected(read, attention) for key, read in distinct.items()}
     return [distinct[id(read)] for read in reads]
@@ -244,9 +250,7 @@ class CTM(nn.Module):
             ValueError: where `ticks` is given and differs from the number of reads, there is no tick at all, or a
                 model without attention is given tokens.
         """
-        reads = every_tick(reads, ticks, self.config.ticks, self.attention)
-        if state is None:
-            state = self.start(batch_of(reads[0]))
+        reads = every_tick(reads, ticks, self.config.ticks)
         predictions = []
         for syncs_BTR, after in ops.think(self, reads, state):
             predictions.append(self.head(syncs_BTR))
@@ -254,6 +258,10 @@ class CTM(nn.Module):
         predictions_BTC = torch.cat(predictions, dim=1).float()
         sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
         return Thought(predictions_BTC, sure_BT, state.sync_BR, state)
+
+    def begin(self, reads: Sequence[Read], state: State | None) -> tuple[list[Read], State]:
+        """What the first tick needs: tokens as keys and values, and the learned start where there is no state."""
+        return projected_once(reads, self.attention), self.start(batch_of(reads[0])) if state is None else state
 
     def loop(self, reads: Sequence[Read], state: State) -> tuple[Tensor, State]:
         """Tick after tick, plainly: synchronization after each (B, T, R), and the last state. `ctm.ops` is faster."""

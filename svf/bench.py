@@ -551,7 +551,7 @@ def main() -> None:
         route()
         free()
     if "cem" in parts:
-        for task in ("longer", "digits"):  # short and long answers
+        for task in ("longer", "other"):  # short and long answers
             cem(task)
         free()
     if "step" in parts:

@@ -19,7 +19,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -129,23 +129,36 @@ class Number:
         return re.fullmatch(r"[+-]?\d+", answer, re.ASCII) is not None and int(answer) == self.value
 
 
-def _numbers(rng: random.Random, n: int, domain: str) -> tuple[str, Sample]:
-    """Sums of n digits whose running totals are digits, too."""
+def _totals(rng: random.Random, n: int, top: int = 9) -> list[int]:
+    """Running totals up to `top`, a digit apart."""
     totals = [rng.randint(1, 9)]
     while len(totals) < n:
-        totals.append(rng.choice([total for total in range(10) if total != totals[-1]]))
+        totals.append(rng.choice([total for total in range(top + 1) if 0 < abs(total - totals[-1]) < 10]))
+    return totals
+
+
+def _sum(rng: random.Random, totals: list[int], domain: str) -> tuple[str, Sample]:
+    """A sum of digits by its running totals."""
     prompt = str(totals[0]) + "".join(f"{after - before:+d}" for before, after in pairwise(totals)) + "="
     between = ",".join(map(str, totals[1:-1])) if rng.random() < LESS_USUAL else ""
     return prompt, Sample(prompt, domain, f"{between}={totals[-1]}", Number(totals[-1]))
 
 
 def _math(rng: random.Random) -> tuple[str, Sample]:
-    return _numbers(rng, rng.choices((2, 3, 4, 5, 6), (2, 1, 1, 3, 3))[0], "math")
+    return _sum(rng, _totals(rng, rng.choices((2, 3, 4, 5, 6), (2, 1, 1, 3, 3))[0]), "math")
 
 
 def _longer(rng: random.Random) -> tuple[str, Sample]:
     """Sums of one number more than in any training."""
-    return _numbers(rng, 7, "longer")
+    return _sum(rng, _totals(rng, 7), "longer")
+
+
+def _larger(rng: random.Random) -> tuple[str, Sample]:
+    """Sums with a running total above nine."""
+    totals = [0]
+    while max(totals) < 10:
+        totals = _totals(rng, rng.choice((2, 3, 4)), top=15)
+    return _sum(rng, totals, "larger")
 
 
 @dataclass(frozen=True)
@@ -166,11 +179,11 @@ class Proof:
         )
 
 
-def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
+def _proof(rng: random.Random, shapes: Sequence[tuple[int, int]], domain: str) -> tuple[str, Sample]:
     """From the start several chains of equal length lead away, one of them to the goal: forwards, the first step has
     to be chosen with the end in view; backwards, there is never a choice."""
-    chains, length = rng.choice(((1, 2), (2, 2), (2, 3), (3, 2), (3, 3)))
-    start, *rest = rng.sample(names, 1 + chains * length)
+    chains, length = rng.choice(shapes)
+    start, *rest = rng.sample("abcdefghij", 1 + chains * length)
     paths = [[start, *rest[i * length : (i + 1) * length]] for i in range(chains)]
     rules = [step for path in paths for step in pairwise(path)]
     rng.shuffle(rules)
@@ -183,12 +196,19 @@ def _proof(rng: random.Random, names: str, domain: str) -> tuple[str, Sample]:
 
 
 def _logic(rng: random.Random) -> tuple[str, Sample]:
-    return _proof(rng, "abcdefghij", "logic")
+    return _proof(rng, ((1, 2), (2, 2), (2, 3), (3, 2), (3, 3)), "logic")
 
 
-def _digits(rng: random.Random) -> tuple[str, Sample]:
-    """Proofs about numbers instead of letters."""
-    return _proof(rng, "0123456789", "digits")
+def _wider(rng: random.Random) -> tuple[str, Sample]:
+    """Proofs among more chains than in any training."""
+    return _proof(rng, ((4, 2),), "wider")
+
+
+def _commas(rng: random.Random) -> tuple[str, Sample]:
+    """Proofs written otherwise."""
+    problem, sample = _logic(rng)
+    rules, question = sample.prompt.split(": ")
+    return problem, replace(sample, prompt=f"{rules.replace(' ', ',')}: {question}", domain="commas")
 
 
 INPUTS = (-7, 0, 1, 4, 25)
@@ -335,11 +355,11 @@ def _dispatch(rng: random.Random) -> tuple[str, Sample]:
 
 DOMAINS = ("math", "code", "logic")
 """What experts are trained for."""
-UNSEEN = ("longer", "digits", "constants", "words")
+UNSEEN = ("longer", "larger", "wider", "commas", "constants", "words")
 """What they are tried on; part of no training."""
 GENERATORS = {
     "math": _math, "code": _code, "logic": _logic, "other": _other, "dispatch": _dispatch,
-    "longer": _longer, "digits": _digits, "constants": _constants, "words": _words,
+    "longer": _longer, "larger": _larger, "wider": _wider, "commas": _commas, "constants": _constants, "words": _words,
 }  # fmt: skip
 
 

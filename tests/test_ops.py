@@ -375,6 +375,29 @@ def test_weights_changed_behind_autograds_back_are_seen(device, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_a_thought_is_made_ready_by_a_graph_and_is_its_own(monkeypatch):
+    """Other inputs, other weights and other lengths of thought between its uses; what was thought before stays."""
+    ops.clear()
+    model = Thinker(ResNet(8, stages=1), make()).cuda().eval()
+    torch.set_float32_matmul_precision("highest")
+    before = []
+    for turn in range(6):
+        images, ticks = torch.randn(2, 3, 15, 15, device="cuda"), (3, 30)[turn % 2]
+        model.net.head.weight.data.mul_(1.1), model.net.query.weight.data.mul_(0.9)
+        with torch.no_grad():
+            monkeypatch.setenv("CTM_OPS", "auto")
+            fast = model(images, ticks=ticks)
+            more = model(images, ticks=2, state=fast.state)
+            monkeypatch.setenv("CTM_OPS", "naive")
+            slow = model(images, ticks=ticks)
+        assert relative(fast.predictions, slow.predictions) < 1e-4, turn
+        assert relative(more.predictions, model(images, ticks=2, state=slow.state).predictions.detach()) < 1e-4, turn
+        before.append((fast, slow))
+    assert all(relative(fast.sync, slow.sync) < 1e-4 for fast, slow in before)
+    assert {type(graph).__name__ for graph in ops.replay.kept[model.net].values()} == {"Replay"}
+
+
+@pytest.mark.gpu
 def test_an_encoder_is_replayed_only_where_nothing_else_can_change(monkeypatch):
     monkeypatch.setenv("CTM_OPS", "auto")
     ops.clear()

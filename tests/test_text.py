@@ -153,9 +153,9 @@ def test_a_domain_gets_the_same_samples_alone_and_among_others():
 
 
 def test_evaluation_has_every_domain_and_tests_others_besides():
-    task = TextTask(["math", "logic"], others=["digits", "math"], n_val=3, n_test=4)
+    task = TextTask(["math", "logic"], others=["wider", "math"], n_val=3, n_test=4)
     assert [s.domain for s in task.dataset("val")] == ["math"] * 3 + ["logic"] * 3
-    assert [s.domain for s in task.dataset("test")] == ["math"] * 4 + ["logic"] * 4 + ["digits"] * 4
+    assert [s.domain for s in task.dataset("test")] == ["math"] * 4 + ["logic"] * 4 + ["wider"] * 4
 
 
 def test_published_sets_are_read_from_a_folder_and_shuffled_anew_in_every_pass(tmp_path):

@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,24 +52,31 @@ def parts(reads: list, recompute: int) -> list[list]:
     return [reads[i : i + size] for i in range(0, len(reads), size)]
 
 
-def think(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Iterator[tuple[Tensor, tuple]]:
+def think(net: nn.Module, reads: list, state) -> Iterator[tuple[Tensor, tuple]]:
     """The synchronization after every tick (B, T, R) and the state after the last, for some ticks at a time.
 
     Args:
         net: a `CTM`.
-        reads: one for each tick, projected.
-        state: before the first tick.
+        reads: one for each tick.
+        state: before the first tick; None for the learned start.
     """
-    try:
-        weights = take_weights(net, reads, state)
-    except Unsupported as why:
-        weights = None
-        if str(why) not in said:
-            said.add(str(why))
-            log.warning("the plain loop is used, which is slower: the fast one does not know %s", why)
+    ready = prepare if mode() == "naive" else partial(replay.prepare, prepare)
+    reads, state, weights = ready(net, reads, state)
     for part in parts(reads, net.config.recompute):
         sync_BTR, state = net.loop(part, state) if weights is None else fast(net, weights, part, state)
         yield sync_BTR, state
+
+
+def prepare(net: nn.Module, reads: list, state) -> tuple[list[Tensor | KeysValues], tuple, Weights | None]:
+    """What comes before the first tick: projected reads, a state, and what the fast path thinks with, if it can."""
+    reads, state = net.begin(reads, state)
+    try:
+        return reads, state, take_weights(net, reads, state)
+    except Unsupported as why:
+        if str(why) not in said:
+            said.add(str(why))
+            log.warning("the plain loop is used, which is slower: the fast one does not know %s", why)
+        return reads, state, None
 
 
 def take_weights(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Weights | None:

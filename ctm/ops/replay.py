@@ -1,25 +1,29 @@
-"""An encoder without gradients as a CUDA graph: its hundreds of small launches, which take longer than the work, become
-one."""
+"""What comes before the first tick, without gradients, as CUDA graphs: the hundreds of small launches of an encoder and
+of weights that are made ready, which take longer than their work, become one each."""
 
+import os
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 MOST = 4
-"""Graphs kept of an encoder, for different batches; the one not used for longest goes first."""
-OUR_OWN = ("torch.nn.modules.", "torchvision.models.", "ctm.encoders")
+"""Graphs kept of a module, for different batches; the one not used for longest goes first."""
+OUR_OWN = ("torch.nn.modules.", "torchvision.models.", "ctm.encoders", "ctm.modules", "ctm.model")
 """Modules of these do nothing but launch kernels. Anything else (an adapter, say) may think of something new."""
 
 kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, Replay | None]]" = weakref.WeakKeyDictionary()
 
 
 class Replay:
-    """A module's launches for inputs of one shape, recorded."""
+    """A function's launches for inputs of one shape, recorded. What it returns lies where the next call's will lie."""
 
-    def __init__(self, module: nn.Module, x: Tensor):
+    def __init__(self, function: Callable[[Tensor], Any], x: Tensor):
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )  # the weights as they will be, not the copies that were cast until now
@@ -27,46 +31,66 @@ class Replay:
             self.x = x.clone()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.y = module(self.x)
+                self.y = function(self.x)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         self.x.copy_(x)
         self.graph.replay()
-        return self.y.clone()
+        return self.y
 
 
 def encode(encoder: nn.Module, *inputs: Tensor):
-    """What `encoder(*inputs)` gives, from its second call with such inputs on by a graph, where it may be one."""
-    addresses = addresses_of(encoder, *inputs)
-    if addresses is None:
+    """What `encoder(*inputs)` gives."""
+    if not getattr(encoder, "replayable", False) or len(inputs) != 1:
         return encoder(*inputs)
-    (x,), graphs = inputs, kept.setdefault(encoder, OrderedDict())
+    found = replayed(encoder, encoder, inputs[0])
+    return encoder(*inputs) if found is None else found.clone()
+
+
+def prepare(function: Callable, net: nn.Module, reads: list, state) -> tuple:
+    """What `function(net, reads, state)`, which makes a `CTM` ready to think, gives."""
+    if state is None and isinstance(reads[0], Tensor) and all(read is reads[0] for read in reads):
+        found = replayed(net, lambda x: function(net, [x] * len(reads), None), reads[0], len(reads))
+        if found is not None:
+            reads, state, weights = found
+            return reads, state, weights and replace(weights)  # another thought's: their numbers are new
+    return function(net, reads, state)
+
+
+def replayed(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor, *more: int) -> Any:
+    """What `function(x)` gives, from the second call on of those that are alike, `more` included, by a graph. None
+    where it may not be one, or not yet: the first call compiles, and chooses algorithms."""
+    addresses = addresses_of(module, x)
+    if addresses is None:
+        return None
+    graphs = kept.setdefault(module, OrderedDict())
     key = (
         x.shape, x.dtype, x.stride(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, *addresses,
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, os.environ.get("CTM_OPS"), *more,
+        *addresses,
     )  # fmt: skip
     if key not in graphs:
-        graphs[key] = None  # the first call compiles, and chooses algorithms
+        graphs[key] = None
         while len(graphs) > MOST:
             graphs.popitem(last=False)
-        return encoder(x)
+        return None
     graphs.move_to_end(key)
     if graphs[key] is None:
-        graphs[key] = Replay(encoder, x)
+        graphs[key] = Replay(function, x)
     return graphs[key](x)
 
 
-def addresses_of(encoder: nn.Module, *inputs: Tensor) -> list[int] | None:
-    """Where all weights lie, if it is known that nothing else but the numbers of one input changes from call to call;
-    None if not."""
-    if not getattr(encoder, "replayable", False) or len(inputs) != 1 or not inputs[0].is_cuda:
+def addresses_of(module: nn.Module, x: Tensor) -> list[int] | None:
+    """Where all weights lie, if it is known that nothing else but their numbers and those of the input changes from
+    call to call; None if not."""
+    if not x.is_cuda:
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if nn_module._has_any_global_hook() or torch.cuda.is_current_stream_capturing():
         return None
     addresses = []
-    for part in encoder.modules():
+    for part in module.modules():
         hooked = part._forward_hooks or part._forward_pre_hooks
         if part.training or hooked or not type(part).__module__.startswith(OUR_OWN):
             return None

@@ -139,9 +139,10 @@ class RotationPosition1d(nn.Module):
     def __init__(self, n_features: int):
         super().__init__()
         self.project = nn.Linear(2, n_features)
+        self.register_buffer("start", torch.tensor([0.0, 1.0]), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.project(half_turn(features.shape[-1], self.project.weight.new_tensor([0.0, 1.0]))).mT
+        return self.project(half_turn(features.shape[-1], self.start)).mT
 
 
 MapPosition = Literal["none", "learnable-fourier", "multi-learnable-fourier", "rotational"]

@@ -40,8 +40,6 @@ class LitCTM(Adapting, LightningModule):
             encoder and its data along.
         adapter: of any PEFT method: it alone trains then, and the base stays as it is.
         old: what the base was trained for: the test says how well that is still done, too.
-        first_ticks: ticks of the first training steps, where a curriculum of the task lets the first ones be about
-            less; they grow to `ctm.ticks` over the first half of `optim.steps`. None for all ticks from the start.
     """
 
     def __init__(
@@ -57,16 +55,10 @@ class LitCTM(Adapting, LightningModule):
         base: str | None = None,
         adapter: PeftConfig | None = None,
         old: Task | None = None,
-        first_ticks: int | None = None,
     ):
         super().__init__()
         self.task, self.optim, self.early_exit = task, optim, early_exit
         self.base, self.old = base, old
-        self.ticks, self.first_ticks = ctm.ticks, first_ticks
-        if first_ticks is not None and (net != "ctm" or not 1 <= first_ticks <= ctm.ticks):
-            raise ValueError(
-                f"model.first_ticks={first_ticks} is for model.net=ctm, from 1 to model.ctm.ticks={ctm.ticks}"
-            )
         self.most_certain = not (net == "lstm" and task.lstm_answers_last)
         if reason := task.refused.get(net):
             raise ValueError(f"model.net={net}: {reason}")
@@ -112,10 +104,10 @@ class LitCTM(Adapting, LightningModule):
     def _before_training(self) -> Thinker:
         return self._load_base(checkpoint.build(checkpoint.describe(self.model))).to(self.device).eval()
 
-    def forward(self, *inputs: Tensor, model: Thinker | None = None, ticks: int | None = None) -> Thought:
+    def forward(self, *inputs: Tensor, model: Thinker | None = None) -> Thought:
         """The thought (of another model, if one is given), of its ticks those at which an answer is due."""
         model = model or self.model
-        thought, ticks = model(*inputs, ticks=ticks), model.encoder.answer_ticks
+        thought, ticks = model(*inputs), model.encoder.answer_ticks
         if ticks is None:
             return thought
         return thought._replace(predictions=thought.predictions[:, -ticks:], certainty=thought.certainty[:, -ticks:])
@@ -123,19 +115,12 @@ class LitCTM(Adapting, LightningModule):
     # ------------------------------------------------------------------------------------------------------ training
     def training_step(self, batch, batch_idx: int) -> Tensor:
         *inputs, _ = batch
-        thought = self(*inputs, ticks=self.ticks_at(self.global_step))
+        thought = self(*inputs)
         loss = self.task.loss(thought, batch, self.most_certain)
         self.log("train/loss", loss, prog_bar=True)
         if self._is_log_step():
             self._log_metrics("train", thought, batch)
         return loss
-
-    def ticks_at(self, step: int) -> int | None:
-        """Ticks of a training step, None for the model's own. They grow in eight stages: on a GPU each is compiled."""
-        if self.first_ticks is None:
-            return None
-        stage = min(8, 16 * step // self.optim.steps)
-        return self.first_ticks + (self.ticks - self.first_ticks) * stage // 8
 
     def _is_log_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0

@@ -17,6 +17,9 @@ MOST = 4
 OUR_OWN = ("torch.nn.modules.", "torchvision.models.", "ctm.encoders", "ctm.modules", "ctm.model")
 """Modules of these do nothing but launch kernels. Anything else (an adapter, say) may think of something new."""
 
+DEVICES = ("cuda",)
+"""Which can record."""
+
 kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, Replay | None]]" = weakref.WeakKeyDictionary()
 
 
@@ -83,11 +86,11 @@ def replayed(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor, *m
 def addresses_of(module: nn.Module, x: Tensor) -> list[int] | None:
     """Where all weights lie, if it is known that nothing else but their numbers and those of the input changes from
     call to call; None if not."""
-    if not x.is_cuda:
+    if x.device.type not in DEVICES:
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if nn_module._has_any_global_hook() or torch.cuda.is_current_stream_capturing():
+    if nn_module._has_any_global_hook() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     addresses = []
     for part in module.modules():

@@ -152,6 +152,7 @@ class LitLM(Adapting, LightningModule):
         self.model.train()  # Lightning keeps what it finds, and checkpoints are loaded for evaluation
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self._refuse_short_answers()
         keeps_base = adapter is None and objective == "reward" and policy.kl > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval() if keeps_base else None
         self.running: dict[str, float] = {}
@@ -192,6 +193,17 @@ class LitLM(Adapting, LightningModule):
         if self.experts:
             model.base_model.set_adapter(names)
         return model
+
+    def _refuse_short_answers(self) -> None:
+        """Where no right answer fits, nothing can be learned."""
+        for name in self.task.domains:
+            targets = self.tokenizer([sample.target for sample in self.task.examples[name]], add_special_tokens=False)
+            shortest = 1 + min(map(len, targets.input_ids))  # with its end
+            if shortest > self.max_new_tokens:
+                raise ValueError(
+                    f"model.max_new_tokens={self.max_new_tokens} cuts every answer to {name}, which takes "
+                    f"{shortest} tokens or more"
+                )
 
     def mix(self, samples: Sequence[Sample]) -> Tensor | None:
         """Every request's own expert, as weights (requests, experts), where there are several."""
@@ -387,7 +399,9 @@ class LitLM(Adapting, LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         answers = self._evaluate("val", batch)
-        self.shown += [list(answer.values()) for answer in answers[: 16 - len(self.shown)]]
+        for name in self.task.domains:
+            room = -(-16 // len(self.task.domains)) - sum(shown[0] == name for shown in self.shown)
+            self.shown += [list(answer.values()) for answer in answers if answer["domain"] == name][: max(0, room)]
 
     def on_validation_end(self) -> None:
         accuracy = self.trainer.callback_metrics.get("val/accuracy")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-NEXT = re.compile(r"^\s*(?:@@|###) *Instruction", re.MULTILINE)
+NEXT = re.compile(r"^[ \t]*(?:@@|###) *Instruction", re.MULTILINE)
 """Where a model that does not end its answer begins another request in the form of the prompts (`tasks.text_sets`).
 The word alone, in the middle of an answer, is part of it."""
 
@@ -31,10 +31,14 @@ NUMBER = re.compile(
     (?: \\? [$€£] \s? )? (?P<inner> (?<=[$€£]) [-\u2212] )?
     (?: (?P<whole> \d+ ) \s+ (?= \d+ / \d ) )?                              # 3 1/2
     (?P<digits> \d{1,3} (?: , \d{3} )+ (?! \d ) | \d+ )? (?P<decimals> \. \d+ )?
-    (?: / (?P<under> \d+ ) (?! [\d/] ) )?
+    (?: [ ]? / [ ]? (?P<under> \d+ ) (?! [ ]? [\d/] ) )?
     """,
     re.VERBOSE,
 )
+LONGEST = 1000
+"""Characters of a number: what is longer answers nothing, and takes long to read."""
+REASON = re.compile(r"\s(?:since|because|as|where|when|if)\s")
+"""What stands behind it is no part of the answer."""
 MARK = re.compile(r"\#\#\#\#|\banswer\s+is\b|\banswer\s*:", re.IGNORECASE)
 
 
@@ -44,7 +48,7 @@ def numbers(text: str) -> list[Fraction]:
     found = []
     for match in NUMBER.finditer(text):
         digits, decimals, under = match["digits"], match["decimals"], match["under"]
-        if not (digits or decimals) or (under and not int(under)):
+        if not (digits or decimals) or len(match[0]) > LONGEST or (under and not int(under)):
             continue
         value = Fraction((digits or "0").replace(",", "") + (decimals or "")) / int(under or 1) + int(
             match["whole"] or 0
@@ -61,7 +65,7 @@ def amount(completion: str) -> Fraction | None:
     *_, said = MARK.split(text)
     if said != text:
         sentence = re.split(r"\n\s*\S|[.!?]\s", said.strip(), maxsplit=1)[0]
-        if behind := numbers(sentence.rpartition("=")[2]):
+        if behind := numbers(REASON.split(sentence, maxsplit=1)[0].rpartition("=")[2]):
             return behind[0]
     return (numbers(text) or [None])[-1]
 
@@ -94,13 +98,13 @@ class Choice:
         """The letter chosen last."""
         one = rf"[\s*_:$]*(?:\\boxed\{{|\\text\{{)*\(?([{self.letters}])\b(?!['\u2019-])"
         for pattern in (
-            rf"(?i:\banswer(?:\s+is|\s*:)){one}",
+            rf"(?i:\banswer(?:\s+is|\s*:)(?:\s+(?:option|choice))?){one}",
             rf"\\boxed\{{\W*([{self.letters}])\b",
             rf"\(([{self.letters}])\)",
         ):
             if found := re.findall(pattern, text):
                 return found[-1]
-        alone = re.match(rf"\W*([{self.letters}])(?:\W|$)(?!\s*[a-z])", text.strip())
+        alone = re.match(rf"\W*([{self.letters}])(?:[).:]|(?:\W|$)(?!\s*[a-z]))", text.strip())
         return alone[1] if alone else None
 
 
@@ -370,7 +374,8 @@ class Expression:
 # Programs
 
 WORD = secrets.token_hex(8)
-"""What a tested program prints last. It differs in every process that judges, so that no model can learn it."""
+"""What a tested program prints last. It differs in every process that judges, so that no model can learn it by heart.
+(A program that looks for it among its own frames finds it: an answer and its tests share one process.)"""
 
 RUN = """
 import os, sys
@@ -405,7 +410,7 @@ class Solution:
 
 def defines(text: str, name: str) -> bool:
     return (
-        re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", text, re.M)
+        re.search(rf"^[ \t]*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", text, re.M)
         is not None
     )
 

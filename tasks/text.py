@@ -470,10 +470,13 @@ class TextTask(Task):
         self.n, self.root = {"val": n_val, "test": n_test}, root
         self.tokenizer = None
         """Of the model: requests of published sets are put into its chat template."""
+        self.examples: dict[str, list[Sample]] = {}
+        """Some of every domain."""
         self.sandbox = None
         for name in (*self.domains, *self.others):
-            one = self.samples(name, "train" if name in self.domains else "test", 1)
-            if any(sample.runs_code for sample in one) and self.sandbox is None:
+            part = "train" if name in self.domains and self.trains(name) else "test"
+            self.examples[name] = self.samples(name, part, 8)
+            if any(sample.runs_code for sample in self.examples[name]) and self.sandbox is None:
                 self.sandbox = self._sandbox(name, allow_code_execution)
 
     def samples(self, domain: str, part: Part, n: int | None = None) -> list[Sample]:
@@ -485,6 +488,13 @@ class TextTask(Task):
         if domain not in text_sets.SETS:
             raise ValueError(f"there is no domain {domain!r}; there are {', '.join((*GENERATORS, *text_sets.SETS))}")
         return text_sets.load(domain, part, n, self.root, self.tokenizer)
+
+    @staticmethod
+    def trains(domain: str) -> bool:
+        """Whether it has more than a test part."""
+        from tasks import text_sets
+
+        return domain not in text_sets.SETS or bool(text_sets.SETS[domain].train)
 
     @staticmethod
     def _sandbox(domain: str, allowed: bool):

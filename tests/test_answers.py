@@ -46,6 +46,10 @@ from tasks.text import Program, Sample, check
         ("The answer is not clear, I say 7", 7),
         (r"\boxed{18}, in 3 steps", 18),
         (r"The answer is \boxed{\$1{,}018}.", 1018),
+        ("The answer is 7 since x = 3", 7),
+        ("the final answer is 1 / 2", Fraction(1, 2)),
+        ("0" * 5000, None),  # more digits than Python reads
+        ("It is 3, not " + "1" * 5000, 3),
         ("Response 3 to Instruction 4 is 12", 12),  # published: stop words cut this off
         (
             "It is 18.\n\n@@ Instruction\nWhat is 5 + 6?\n\n@@ Response\n11",
@@ -76,6 +80,8 @@ def test_numbers_in_order():
         ("It is (B), because", "B"),
         ("I thought (A), but the answer is (B).", "B"),
         ("The answer is not (A), but (B)", "B"),
+        ("The answer is option B", "B"),
+        ("B) because A is wrong", "B"),
         ("The answer is (A). No: the answer is (D).", "D"),
         (r"The answer is \boxed{\text{D}}", "D"),
         (r"so $\boxed{C}$", "C"),
@@ -214,6 +220,13 @@ PROGRAMS = [
     (BODY, "Here:\n```python\n    return sq(x)\n```", True),
     (BODY, "    return x", False),
 ]
+
+
+def test_a_flood_of_newlines_is_read_in_no_time():
+    """A pattern that looked for the next line's end from each of them anew took minutes."""
+    flood = "\n" * 200_000
+    assert "assert f(1)" in Solution("f", "assert f(1)")(flood + "def f(x): return x")
+    assert amount("The answer is 3." + flood) == 3
 
 
 def test_programs():

@@ -246,7 +246,8 @@ def test_experts_trained_together_get_the_gradients_that_they_get_alone(lit, mon
 
 def test_reward_is_learned(lit, monkeypatch):
     """Answers of one token, right if its embedding lies on one side."""
-    module = lit(policy=Policy(answers=16), max_new_tokens=1, adapter=LoraConfig(target_modules="all-linear"))
+    module = lit(policy=Policy(answers=16), adapter=LoraConfig(target_modules="all-linear"))
+    module.max_new_tokens = 1
     monkeypatch.setattr(module.task, "check", lambda samples, texts: half[-1])
     half, answer, shares = [], module.answer, []
     embeddings = module.model.get_input_embeddings().weight
@@ -317,6 +318,16 @@ def test_supervised_loss_is_the_mean_over_the_answers_tokens_and_their_ends(lit,
 # The rest
 
 
+def test_samples_of_every_domain_are_shown(lit, monkeypatch):
+    module = lit(two=True)
+    of = {"math": 12, "logic": 12}
+    asked = [sample for name, n in of.items() for sample in module.task.samples(name, "selection", n)]
+    module.on_validation_start()
+    for part in (asked[:10], asked[10:]):
+        module.validation_step(Batch(part), 0)
+    assert [shown[0] for shown in module.shown] == ["math"] * 8 + ["logic"] * 8
+
+
 def test_paired_gain():
     gain, half = paired_gain([True, True, False, True], [False, True, True, False])
     assert gain == pytest.approx(0.25)
@@ -329,6 +340,7 @@ def test_paired_gain():
         ({"two": True, "adapter": LoraConfig(target_modules=["q_proj"])}, "only SVF trains several experts at once"),
         ({"base": "nowhere"}, "give model.base, a checkpoint to start from, or model.scratch"),
         ({"max_new_tokens": 0}, "model.max_new_tokens=0"),
+        ({"max_new_tokens": 2}, "cuts every answer to math, which takes 3 tokens or more"),
         ({"optim": Optim(no_decay=("nowhere",))}, "'nowhere' is in no parameter's name"),
     ],
 )

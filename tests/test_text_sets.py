@@ -9,7 +9,7 @@ import pytest
 from svf.rollout import encode
 from svf.sandbox import Sandbox
 from svf.tokenizer import byte_tokenizer
-from tasks.text import PARTS, check
+from tasks.text import PARTS, TextTask, check
 from tasks.text_sets import SETS, load
 
 
@@ -141,6 +141,13 @@ def test_mbpp_asks_by_one_test_and_judges_by_all(root):
 def test_humaneval_is_for_testing_only(root):
     with pytest.raises(ValueError, match="humaneval has a test part only"):
         load("humaneval", "train", root=root)
+
+
+def test_humaneval_can_be_a_domain_that_is_tested(root):
+    task = TextTask("humaneval", root=str(root), allow_code_execution=True, n_test=3)
+    assert [sample.domain for sample in task.dataset("test")] == ["humaneval"] * 3
+    with pytest.raises(ValueError, match="humaneval has a test part only"):
+        task.dataset("train")[0]
 
 
 def test_names_and_parts(root):

@@ -324,19 +324,46 @@ class FewShot:
     checker: Checker | None = None
     """Checks many completions at once; the examples' own `check` one by one if not given."""
     found: Found | None = field(default=None, init=False, repr=False)
-    """What the search has come to, once it ran; `best` is a mixture in the library's order."""
+    """What the search has come to, once it ran; `best` is a mixture in the order that the library had then, see
+    `mixture`."""
 
     def __post_init__(self) -> None:
         if not self.examples:
             raise ValueError("few-shot needs examples")
+        self._names: tuple[str, ...] = ()  # whose weights `found.best` holds, and of which layers
+        self._layers: tuple[str, ...] = ()
         self._checked: dict[tuple[int, str], bool] = {}
 
     def route(self, adaptive: Adaptive, requests: Sequence[Request]) -> list[Route]:
         found = self.found or self.fit(adaptive)
-        library = adaptive.library
-        right, parts = found.score[0] * len(self.examples), ", ".join(_parts(library, found.best)) or "the base"
+        weights = self.mixture(adaptive.library)
+        right, parts = found.score[0] * len(self.examples), ", ".join(_parts(adaptive.library, weights)) or "the base"
         reason = f"{right:.0f} of {len(self.examples)} examples right: {parts}"
-        return [Route(library.weights(found.best), "few_shot", reason) for _ in requests]
+        return [Route(weights, "few_shot", reason) for _ in requests]
+
+    def mixture(self, library: ExpertLibrary) -> Tensor:
+        """The mixture found, (experts,) or (layers, experts), by name in the library's order of now.
+
+        Experts that the library did not have when it was found get weight 0.
+
+        Raises:
+            ValueError: before `fit`, or where an expert of the mixture, or a layer of it, is not there any more.
+        """
+        if self.found is None:
+            raise ValueError("few-shot has found no mixture yet; call fit first")
+        best = self.found.best
+        needed = [name for i, name in enumerate(self._names) if best[..., i].any()]
+        if gone := [name for name in needed if name not in library.names]:
+            raise ValueError(
+                f"the mixture that few-shot found needs the expert {gone[0]!r}, which the library does not have any "
+                "more; add it again, or call fit"
+            )
+        if best.ndim > 1 and library.layers != self._layers:
+            raise ValueError("few-shot's weights by layer were found for other adapted layers; call fit again")
+        weights = torch.zeros(*best.shape[:-1], len(library.names))
+        for name in needed:
+            weights[..., library.names.index(name)] = best[..., self._names.index(name)]
+        return weights
 
     def fit(self, adaptive: Adaptive) -> Found:
         """Searches. The mixture found is `found.best`; `library.expert(found.best)` is an ordinary expert.
@@ -374,7 +401,7 @@ class FewShot:
             progress=self.progress,
         )
         found.best = mixtures(found.best[None])[0]
-        self.found = found
+        self.found, self._names, self._layers = found, library.names, library.layers
         return found
 
     def scores(self, adaptive: Adaptive, mixtures: Tensor) -> list[search.Score]:

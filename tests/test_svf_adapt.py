@@ -561,6 +561,34 @@ def test_few_shot_finds_the_mixture_that_is_right(library, generator, per_layer,
     assert torch.equal(same.fit(adaptive).best, few_shot.found.best)
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_mixture_found_stays_with_its_experts(per_layer):
+    """However the library changes; experts that came later have no part in it."""
+    library = ExpertLibrary(model_with())
+    kept = {name: library.expert(name) for name in library.names}
+    few_shot = FewShot([("3+4=", bool)], per_layer, experts=["code", "logic"], population=6, generations=1,
+                       max_new_tokens=2, progress=False)  # fmt: skip
+    adaptive = made(library, few_shot)
+    with pytest.raises(ValueError, match="found no mixture yet"):
+        few_shot.mixture(library)
+    few_shot.fit(adaptive)
+    few_shot.found.best = torch.tensor([0.0, 0.75, 0.25, 0.0]).expand(*((2, 4) if per_layer else (4,)))
+    before = adaptive.generate(PROMPTS, 6)
+    library.remove("math")  # not in the mixture
+    library.remove("code")
+    with pytest.raises(ValueError, match="needs the expert 'code', which the library does not have any more"):
+        adaptive.route(["x"])
+    library.add("math", kept["math"])
+    library.add("late", kept["math"])
+    library.add("code", kept["code"])
+    assert library.names == ("logic", "dispatch", "math", "late", "code")
+    after = adaptive.generate(PROMPTS, 6)
+    expected = torch.tensor([0.25, 0.0, 0.0, 0.0, 0.75])
+    assert torch.equal(after[0].route.weights, expected.expand(2, 5) if per_layer else expected)
+    assert [answer.text for answer in after] == [answer.text for answer in before]
+    assert "0.25 logic, 0.75 code" in after[0].route.reason
+
+
 def test_a_population_scores_as_candidate_by_candidate(library, generator):
     examples = planted(generator, torch.tensor([0.5, 0.5, 0.0, 0.0]), ["3+4=", "x", "c>a"])
     few_shot = FewShot(examples, max_new_tokens=2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from svf import Adaptive, Expert, ExpertLibrary, FewShot, SVFConfig, experts, search
 from svf.__main__ import main, parser
 from svf.adapt import CLASSIFY, Classify, Route
+from svf.evaluate import STRATEGIES
 from svf.experts import transfer
 from svf.generate import Generator, common_prefix
 from svf.tokenizer import byte_tokenizer
@@ -123,6 +125,10 @@ def test_what_a_library_refuses_leaves_it_as_it_was(tmp_path, library):
         assert ours.names == ("sums",)
     with torch.no_grad(), ours.mix(torch.ones(1, 1)):
         assert torch.equal(ours.base(ids).logits, before)
+    for name in ("prompt", "classifier", "few_shot", "few_shot_layers", "best_single", "shuffled", "lora"):
+        with pytest.raises(ValueError, match=f"an expert cannot be called '{name}'; choose another name"):
+            ours.add(name, tmp_path / "code")
+    assert ours.names == ("sums",) and set(STRATEGIES) <= {*experts.RESERVED}
     ours.add("code", tmp_path / "code")
     assert ours.names == ("sums", "code")
     with pytest.raises(FileNotFoundError, match="nowhere is no folder, and could not be fetched"):
@@ -805,6 +811,42 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="holds an evaluation with other settings"):
         svf(*words, "--seeds", 3, "--out", tmp_path / "parts.json")
+
+
+def test_cells_of_other_weights_are_not_gone_on_with(shipped, tmp_path):
+    from svf.evaluate import Evaluation, Settings, content
+
+    for part in ("base", "experts", "loras"):
+        shutil.copytree(shipped / part, tmp_path / part)
+    base, expert, lora = (tmp_path / part for part in ("base", "experts/math", "loras/math"))
+    settings = Settings(str(base), {"math": str(expert)}, {"math": str(lora)}, ["math"], ["base"], [0])
+
+    def evaluation():
+        return Evaluation(settings, tmp_path / "x.json", byte_tokenizer(), "cpu")
+
+    first = evaluation()
+    first.cells = {"base/math/0": {"right": 1, "n": 200, "routes": {"base": 200}}}
+    first.write()
+    kept = (tmp_path / "x.json").read_text()
+    assert evaluation().cells == first.cells
+    for path in (base / "model.safetensors", expert / "adapter_model.safetensors", lora / "adapter_model.safetensors"):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ValueError, match="holds an evaluation with other settings; give another file with --out"):
+            evaluation()
+        path.write_bytes(before)
+    assert evaluation().cells == first.cells
+    old = json.loads(kept)
+    del old["settings"]["content"]
+    (tmp_path / "x.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="holds an evaluation with other settings"):
+        evaluation()
+    assert content("owner/name") == "owner/name"
+    for broken in ("[]", "{", "{}", '{"cells": []}'):
+        (tmp_path / "x.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"x\.json is no file of an evaluation; give another one with --out"):
+            evaluation()
+        assert (tmp_path / "x.json").read_text() == broken
 
 
 def test_the_summary_is_right(tmp_path):

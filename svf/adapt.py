@@ -10,8 +10,10 @@ in one batch, every row with its own mixture.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any, Protocol
 
 import torch
@@ -113,10 +115,14 @@ class Adaptive:
             max_new_tokens: where an answer is cut off.
             temperature: 0 for the likeliest token every time, otherwise tokens are drawn.
             seed: of the drawing.
+
+        Raises:
+            ValueError: for a request that leaves no room for `max_new_tokens` in the model's context.
         """
         if isinstance(requests, str) or (requests and isinstance(requests[0], Mapping)):
             raise ValueError("give a list of requests, also for one")
         ids = [self.generator.encode(request) for request in requests]
+        self.generator.check_room(ids, max_new_tokens)
         answers: dict[int, Answer] = {}
         for rows in self.generator.batches([len(row) for row in ids], max_new_tokens):
             try:
@@ -234,7 +240,8 @@ class Classify:
     """The kind of a request is the label that `by` finds likeliest after `CLASSIFY`, its expert answers.
 
     Labels are scored as if nothing else could be written: at every token, the probability is shared out among the
-    tokens that some label goes on with. So they sum to one, and a label does not lose by being longer.
+    tokens that some label goes on with. So they sum to one, and a label does not lose by being longer. Of a request
+    that does not fit into the model's context together with `CLASSIFY`, tokens in the middle are left out.
     """
 
     by: str | None = None
@@ -256,14 +263,25 @@ class Classify:
         return routes
 
     def probabilities(self, adaptive: Adaptive, requests: Sequence[Request], labels: Sequence[str]) -> Tensor:
-        """(requests, labels), each row sums to one."""
+        """(requests, labels), each row sums to one.
+
+        Raises:
+            ValueError: where the labels leave no room for a request, or one is the beginning of another and the model
+                has no token that ends an answer.
+        """
         generator, library = adaptive.generator, adaptive.library
         named = ", ".join(labels)
-        asked = [generator.encode(CLASSIFY.format(labels=named, prompt=_said(request))) for request in requests]
-        answers = [generator.continuation("Kind:", f" {label}") for label in labels]
-        common = common_prefix(answers)
+        answers = [[*generator.continuation("Kind:", f" {label}"), *generator.eos[:1]] for label in labels]
+        for (label, ids), (other, more) in permutations(zip(labels, answers, strict=True), 2):
+            if more[: len(ids)] == ids:
+                raise ValueError(
+                    f"{label!r} and {other!r} cannot be told apart, since this model has no token that ends an "
+                    "answer: give one of the experts a name that begins otherwise"
+                )
+        asked = self._asked(generator, named, requests, max(map(len, answers)))
+        common = common_prefix([ids[: len(ids) - len(generator.eos[:1])] for ids in answers])
         asked = [[*ids, *common] for ids in asked]
-        answers = [tuple([*ids[len(common) :], *generator.eos[:1]]) for ids in answers]
+        answers = [tuple(ids[len(common) :]) for ids in answers]
         weights = library.weights(self.by)
         found = torch.zeros(len(requests), len(labels))
         for rows in generator.batches([len(ids) for ids in asked], max(map(len, answers))):
@@ -273,12 +291,31 @@ class Classify:
             found[rows] = _constrained(generator, start, mixtures, answers).cpu()
         return found
 
+    def _asked(self, generator: Generator, labels: str, requests: Sequence[Request], longest: int) -> list[list[int]]:
+        """What each request is classified with; `longest`: tokens of a label."""
+        asked = [generator.encode(CLASSIFY.format(labels=labels, prompt=_said(request))) for request in requests]
+        room = (generator.context or math.inf) - longest
+        if all(len(ids) <= room for ids in asked):
+            return asked
+        template = self._template(generator, labels)
+        before, after = (len(common_prefix([ids[::way] for ids in template])) for way in (1, -1))
+        if room <= before + after:
+            raise ValueError(
+                f"the names of the experts leave no room for a request in the model's context of {generator.context} "
+                "tokens: use fewer experts or shorter names, or another strategy"
+            )
+        middle = before + (room - before - after) // 2
+        return [ids[:middle] + ids[middle + max(0, len(ids) - room) :] for ids in asked]
+
+    def _template(self, generator: Generator, labels: str) -> list[list[int]]:
+        """`CLASSIFY` for requests that have nothing in common."""
+        return [generator.encode(CLASSIFY.format(labels=labels, prompt=text)) for text in ("a", "1", "(")]
+
     def _prefix(self, generator: Generator, labels: str, weights: Tensor) -> tuple[list[int], Prefill] | None:
         """What all requests begin with, read once for as long as labels and experts are the same."""
         key = generator.library, generator.library.changes, labels
         if key not in self._prefixes:
-            several = [generator.encode(CLASSIFY.format(labels=labels, prompt=text)) for text in ("a", "1", "(")]
-            ids = common_prefix(several)
+            ids = common_prefix(self._template(generator, labels))
             self._prefixes = {key: (ids, generator.prefill([ids], weights[None])) if ids else None}
         return self._prefixes[key]
 
@@ -408,6 +445,7 @@ class FewShot:
         """(share of right answers, mean probability of a token of right answers) of every mixture."""
         generator, n = adaptive.generator, len(self.examples)
         ids = [generator.encode(prompt_of(example)) for example in self.examples] * len(mixtures)
+        generator.check_room(ids, self.max_new_tokens)
         weights = mixtures.repeat_interleave(n, dim=0)
         texts, sure = [""] * len(ids), torch.zeros(len(ids))
         for rows in generator.batches([len(row) for row in ids], self.max_new_tokens):

@@ -383,6 +383,46 @@ def test_the_template_is_read_again_by_another_classifier(tmp_path):
     assert adaptive.route(["3+4="])[0].scores == pytest.approx(first, rel=1e-4)
 
 
+def test_labels_of_a_model_that_ends_nothing():
+    """Where no token says that a label is over, one that another begins with could not be written."""
+    library = ExpertLibrary(model_with(("code", "logic"), eos_token_id=None))
+    adaptive = made(library)
+    adaptive.tokenizer.eos_token = None
+    assert adaptive.generator.eos == []
+    found = Classify().probabilities(adaptive, ["x"], ["code", "logic", "cot"])
+    assert float(found.sum()) == pytest.approx(1, rel=1e-5)
+    assert Classify().probabilities(adaptive, ["x"], ["other"]).tolist() == [[1.0]]
+    library.add("coder", library.expert("logic"))
+    with pytest.raises(ValueError, match="'code' and 'coder' cannot be told apart, since this model has no token"):
+        adaptive.route(["x"])
+
+
+def test_requests_beyond_the_context(library, monkeypatch):
+    """Refused with the numbers; a kind is still found, by the beginning and the end."""
+    adaptive, read = made(library), []
+    fits, said = "x" * 206 + "y" * 44, "a request of 251 tokens and an answer of up to 6 are more than the 256 tokens"
+    for strategy in ("base", "prompt"):
+        answer = made(library, strategy).generate([fits], 6)[0]
+        assert 1 <= len(answer.ids) <= 6
+        with pytest.raises(ValueError, match=said):
+            made(library, strategy).generate(["x", fits + "z"], 6)
+    with pytest.raises(ValueError, match=said):
+        FewShot([(fits + "z", bool)], max_new_tokens=6, progress=False).fit(adaptive)
+    own = Generator.prefill
+    monkeypatch.setattr(Generator, "prefill", lambda self, ids, *a, **k: read.extend(ids) or own(self, ids, *a, **k))
+    scores = adaptive.route(["3+4=", fits])[1].scores
+    longest = max(read, key=len)
+    before, after = CLASSIFY.format(labels="math, code, logic, other", prompt="|").split("|")
+    text = adaptive.generator.text(longest)
+    kept = text.removeprefix(before).removesuffix(after + " ")
+    assert text == before + kept + after + " " and set(kept) == {"x", "y"} and kept.endswith("y" * 44)
+    assert len(longest) + len("logic") + 1 == 256 and len(kept) == 256 - len(before + after + " logic") - 1
+    assert sum(scores.values()) == pytest.approx(1, rel=1e-4)
+    few = ExpertLibrary(model_with(("a" * 120, "b" * 120)))
+    with pytest.raises(ValueError, match="no room for a request in the model's context of 256 tokens: use fewer"):
+        made(few).route(["x"])
+
+
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_the_named_expert_answers(library, generator, strategy, monkeypatch):
     labels = iter([0, 2, 3, 1, 3])
@@ -770,6 +810,16 @@ def test_mistakes_on_the_command_line(shipped, words, message, monkeypatch, caps
         main()
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith(message) and error.count("\n") == 1
+
+
+def test_a_long_prompt_on_the_command_line(shipped, monkeypatch, capsys):
+    argv = ["svf", "adapt", *model_words(shipped), "--strategy", "classifier", "--prompt", "x" * 250]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert error.startswith("error: a request of 250 tokens and an answer of up to 24 are more than the 256 tokens")
 
 
 def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypatch):

@@ -70,8 +70,9 @@ class Alone:
         if answer == self.text:
             return "same"
         parts = sum(answer.startswith(start) for start in self._starts) - 1
-        # of a character of several tokens only the last one shows
-        return "tie" if min(self.margins[max(0, parts - 3) : parts + 1]) < TIE else "wrong"
+        # of a character of several tokens, four at most, only the last one shows: it can part at any of them
+        same = [n for n in range(max(0, parts - 3), parts + 1) if self._starts[n] == self._starts[parts]]
+        return "tie" if min(self.margins[n] for n in same) < TIE else "wrong"
 
 
 @dataclass

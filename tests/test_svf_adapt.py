@@ -817,9 +817,41 @@ def test_a_long_prompt_on_the_command_line(shipped, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     with pytest.raises(SystemExit) as end:
         main()
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]  # after the bar of what was loaded
     assert end.value.code == 2
     assert error.startswith("error: a request of 250 tokens and an answer of up to 24 are more than the 256 tokens")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "bad", "good", "message"),
+    [
+        *[("adapt", "--" + name, "0", "1", "0 is less than 1") for name in ("generations", "population")],
+        *[("eval", "--" + name, "-3", "3", "-3 is less than 1") for name in ("n", "seeds", "shots", "max-new-tokens")],
+        *[("adapt", "--temperature", bad, "0", "is no finite number from 0 on") for bad in ("-1", "nan", "inf")],
+        *[("serve", "--max-seconds", bad, "0.5", "is no finite number above 0") for bad in ("0", "-1", "nan", "inf")],
+        ("eval", "--n", "ten", "10", "invalid positive value: 'ten'"),
+    ],
+)
+def test_numbers_on_the_command_line(command, option, bad, good, message, capsys):
+    words = [command, *(["--prompt", "x"] if command == "adapt" else [])]
+    taken = vars(parser().parse_args([*words, f"{option}={good}"]))
+    assert taken[option[2:].replace("-", "_")] == float(good)
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args([*words, f"{option}={bad}"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and f"error: argument {option}: " in error and message in error
+
+
+@pytest.mark.parametrize("content", ["[]", "no JSON", '{"settings": 1}'])
+def test_a_file_that_is_no_evaluation(shipped, content, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.json"
+    out.write_text(content)
+    argv = ["svf", "eval", *model_words(shipped), "--tasks", "math", "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and out.read_text() == content
+    assert capsys.readouterr().err == f"error: {out} is no file of an evaluation; give another one with --out\n"
 
 
 def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypatch):

@@ -154,7 +154,7 @@ def test_a_tie_within_a_character_of_several_tokens(monkeypatch):
     """Which shows no sooner than at its last token; the tie has to be at one of its own."""
     model = adaptive("base")
     ids, tokens = map(model.generator.encode, ("1+1=", "ab€cd"))  # seven, of which the third to the fifth are one
-    written = SimpleNamespace(sequences=torch.tensor([ids + tokens]), logits=torch.eye(258)[tokens, None])
+    written = SimpleNamespace(sequences=torch.tensor([ids + tokens]), logits=torch.eye(258)[tokens, None].unbind())
     monkeypatch.setattr(model.library.base, "generate", lambda **settings: written)
     alone = load.Alone(model, "1+1=", torch.zeros(0), 7)
     assert alone.text == "ab€cd"

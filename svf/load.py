@@ -207,7 +207,7 @@ def client_of(url: str) -> openai.AsyncOpenAI:
 
 
 async def load(url: str, asked: Sequence[Question], clients: int, seconds: float, seed: int = 0) -> Report:
-    """Keeps so many clients busy for so long. Each begins with a question and a disturbance, in turn, then by chance."""
+    """Keeps so many clients busy for so long. Each begins with a question and a disturbance, all kinds in turn."""
     report, start = Report(), time.perf_counter()
 
     async def client(number: int) -> None:

@@ -14,12 +14,13 @@ from test_svf_tuner import adapt, perturb
 from transformers import AutoModelForCausalLM
 
 from svf import Adaptive, Expert, ExpertLibrary, FewShot, SVFConfig, experts, search
-from svf.__main__ import main, parser
+from svf.__main__ import load, main, parser
 from svf.adapt import CLASSIFY, Classify, Route
 from svf.evaluate import STRATEGIES
 from svf.experts import transfer
 from svf.generate import Generator, common_prefix
 from svf.tokenizer import byte_tokenizer
+from tasks import text
 
 NAMES = ("math", "code", "logic")
 MIXTURES = [[0, 0, 0, 0], [1, 0, 0, 0], [0.3, -0.5, 0.9, 0], [0, 0, 1.2, 0], [0, 0, 0, 0]]
@@ -57,13 +58,17 @@ def written(generator, ids, weights, n=12):
 
 
 class Counted:
-    """Counts tokens that a library's base reads."""
+    """Counts what a library's base reads: rows and tokens a row, or all tokens, of every call."""
 
     def __init__(self, library):
-        self.tokens, self.base = [], library.base
+        self.shapes, self.base = [], library.base
+
+    @property
+    def tokens(self):
+        return [rows * length for rows, length in self.shapes]
 
     def __enter__(self):
-        hook = lambda model, args, kwargs: self.tokens.append(kwargs["input_ids"].numel())  # noqa: E731
+        hook = lambda model, args, kwargs: self.shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
         self.hook = self.base.register_forward_pre_hook(hook, with_kwargs=True)
         return self
 
@@ -647,6 +652,28 @@ def test_a_population_scores_as_candidate_by_candidate(library, generator):
     assert together[4][0] == 1.0 and 0 < together[4][1] < 1
 
 
+def test_a_generation_is_one_batch(library, monkeypatch):
+    """A row for every candidate and example: the model is called once for a token, whatever the population."""
+    monkeypatch.setattr(Generator, "rows_that_fit", lambda self, tokens: 10**6)
+    examples = [("3+4=", bool), ("x", bool), ("c>a", bool)]
+    for population in (5, 15):
+        few_shot = FewShot(examples, generations=2, population=population, max_new_tokens=4, progress=False)
+        generations, own = [], few_shot.scores
+
+        def scores(adaptive, mixtures, generations=generations, own=own):
+            with Counted(library) as counted:
+                found = own(adaptive, mixtures)
+            generations.append((len(mixtures), counted.shapes))
+            return found
+
+        few_shot.scores = scores
+        few_shot.fit(made(library, "base"))
+        assert len(generations) == 2 and generations[0][0] > 3
+        for candidates, shapes in generations:
+            assert shapes[0] == (candidates * len(examples), 4)  # all prompts
+            assert len(shapes) <= 4 and {length for _, length in shapes[1:]} == {1}
+
+
 def test_the_base_is_left_only_for_more_right_answers(library):
     every = FewShot([("3+4=", lambda text: True)], generations=3, max_new_tokens=3, progress=False)
     found = every.fit(made(library, "base"))
@@ -893,6 +920,55 @@ def test_evaluation_goes_on_where_it_stopped(shipped, tmp_path, capsys, monkeypa
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="holds an evaluation with other settings"):
         svf(*words, "--seeds", 3, "--out", tmp_path / "parts.json")
+
+
+def test_prompts_to_choose_by_are_not_reported_on(tmp_path, monkeypatch):
+    from svf.evaluate import Evaluation, Settings
+
+    run = Evaluation(
+        Settings("b", {"math": "m"}, {}, ["math"], ["base"], [0], n=5, shots=3), tmp_path / "x", None, "cpu"
+    )
+    shots, test = run.samples("math", 0)
+    assert (len(shots), len(test)) == (3, 5)
+    monkeypatch.setattr(run, "samples", lambda task, seed: (shots, [*test[:4], shots[1]]))
+    with pytest.raises(ValueError, match="math has 1 prompts both to choose by and to report on"):
+        run.cell("base", "math", 0)
+
+
+def test_experts_of_another_model_are_evaluated_with_transfer(shipped, library, tmp_path):
+    from svf.evaluate import Evaluation, Settings
+
+    torch.manual_seed(1)
+    llama(**SIZES).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    words = ["eval", "--base", tmp_path / "other", "--experts", shipped / "experts" / "math", "--tasks", "math"]
+    words += ["--strategies", "best_single", "--seeds", 1, "--n", 2, "--shots", 1, "--max-new-tokens", 2]
+    words += ["--out", tmp_path / "x.json"]
+    with pytest.raises(ValueError, match="was made for"):
+        svf(*words)
+    assert not (tmp_path / "x.json").exists()
+    svf(*words, "--transfer")
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["settings"]["transfer"] and found["cells"]["best_single/math/0"]["routes"] == {"math": 2}
+    settings = Settings(str(tmp_path / "other"), {"math": str(shipped / "experts/math")}, {}, [], [], [], transfer=True)
+    moved = Evaluation(settings, tmp_path / "y.json", byte_tokenizer(), "cpu").library.expert("math")
+    own = library.expert("math")
+    assert moved.z.keys() == own.z.keys() and all(torch.allclose(moved.z[n], own.z[n], atol=1e-6) for n in own.z)
+    with pytest.raises(ValueError, match="holds an evaluation with other settings"):
+        svf(*words)
+
+
+def test_the_shipped_experts_and_what_the_classifier_makes_of_requests():
+    """As `python -m svf adapt` has them by default, on the shipped base: 38 of 40 prompts of every domain at least."""
+    args = parser().parse_args(["adapt", "--strategy", "classifier", "--device", "cpu", "--prompt", "x"])
+    adaptive = load(args, args.strategy, ("classifier",))
+    assert {*adaptive.library.names} == {*text.DOMAINS, "dispatch"}
+    for name in adaptive.library.names:
+        assert all(z.abs().max() > 0 for z in adaptive.library.expert(name).z.values())
+    prompts = [sample.prompt for domain in text.DOMAINS for sample in text.samples(domain, "test", 40)]
+    labels = [route.label for route in adaptive.route(prompts)]
+    for i, domain in enumerate(text.DOMAINS):
+        assert labels[40 * i : 40 * i + 40].count(domain) >= 38, (domain, labels[40 * i : 40 * i + 40])
 
 
 def test_cells_of_other_weights_are_not_gone_on_with(shipped, tmp_path):

@@ -293,8 +293,10 @@ class ExpertLibrary:
         if name in self.names:
             raise ValueError(f"there is an expert {name!r} already; choose another name")
         if name in RESERVED or not name or "." in name:
-            taken = f", and none of {', '.join(RESERVED)}"
-            raise ValueError(f"an expert cannot be called {name!r}; choose another name, without a dot{taken}")
+            raise ValueError(
+                f"an expert cannot be called {name!r}; choose another name, without a dot, that is none of "
+                f"{', '.join(RESERVED)}"
+            )
         if not isinstance(expert, Expert):
             expert = Expert.load(expert_folder(expert))
         config = replace(expert.config, init_std=0.0, inference_mode=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -246,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--per-layer", action="store_true", help="few_shot: weights by layer")
     sub.add_argument("--save", help="few_shot: folder to write the mixture to, as an expert")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--temperature", type=float, default=0.0)
+    sub.add_argument("--temperature", type=temperature, default=0.0)
     sub.add_argument("--json", action="store_true", help="one line of JSON for every answer")
 
     sub = command(evaluate, "All strategies on all tasks, over seeds; goes on where a stopped run ended.", "eval")
@@ -254,9 +255,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lora", nargs="*", help="folders, or NAME=FOLDER; what few-shot is compared with")
     sub.add_argument("--tasks", nargs="+", help="all domains and unseen tasks if not given")
     sub.add_argument("--strategies", nargs="+", help="all that are possible if not given")
-    sub.add_argument("--seeds", type=int, default=5, help="how many")
-    sub.add_argument("--n", type=int, default=200, help="test items of a task and seed")
-    sub.add_argument("--shots", type=int, default=10, help="selection examples")
+    sub.add_argument("--seeds", type=positive, default=5, help="how many")
+    sub.add_argument("--n", type=positive, default=200, help="test items of a task and seed")
+    sub.add_argument("--shots", type=positive, default=10, help="selection examples")
     sub.add_argument("--transfer", action="store_true", help="the experts are another model's, of the same shapes")
     sub.add_argument("--root", default="data", help="folder of published sets, NAME/test.jsonl")
     sub.add_argument("--allow-code-execution", action="store_true", help="run what the model writes, in a sandbox")
@@ -272,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", type=positive, help="tokens of a prompt and its answer")
     sub.add_argument("--waiting", type=positive, help="requests that may wait; further ones get status 429")
     sub.add_argument("--max-bytes", type=positive, help="of a request")
-    sub.add_argument("--max-seconds", type=float, help="from a request's arrival to the end of its answer")
+    sub.add_argument("--max-seconds", type=seconds, help="from a request's arrival to the end of its answer")
     return top
 
 
@@ -292,12 +293,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def temperature(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number from 0 on")
+    return float(text)
+
+
+def seconds(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return float(text)
+
+
 def model_options(sub: argparse.ArgumentParser) -> None:
     base_options(sub)
-    sub.add_argument("--max-new-tokens", type=int, default=24)
+    sub.add_argument("--max-new-tokens", type=positive, default=24)
     sub.add_argument("--method", choices=list(METHODS), default="cem", help="few_shot: how to search")
-    sub.add_argument("--population", type=int, default=32)
-    sub.add_argument("--generations", type=int, default=20)
+    sub.add_argument("--population", type=positive, default=32)
+    sub.add_argument("--generations", type=positive, default=20)
 
 
 def main() -> None:

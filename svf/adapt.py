@@ -10,8 +10,10 @@ in one batch, every row with its own mixture.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any, Protocol
 
 import torch
@@ -113,10 +115,14 @@ class Adaptive:
             max_new_tokens: where an answer is cut off.
             temperature: 0 for the likeliest token every time, otherwise tokens are drawn.
             seed: of the drawing.
+
+        Raises:
+            ValueError: for a request that leaves no room for `max_new_tokens` in the model's context.
         """
         if isinstance(requests, str) or (requests and isinstance(requests[0], Mapping)):
             raise ValueError("give a list of requests, also for one")
         ids = [self.generator.encode(request) for request in requests]
+        self.generator.check_room(ids, max_new_tokens)
         answers: dict[int, Answer] = {}
         for rows in self.generator.batches([len(row) for row in ids], max_new_tokens):
             try:
@@ -234,7 +240,8 @@ class Classify:
     """The kind of a request is the label that `by` finds likeliest after `CLASSIFY`, its expert answers.
 
     Labels are scored as if nothing else could be written: at every token, the probability is shared out among the
-    tokens that some label goes on with. So they sum to one, and a label does not lose by being longer.
+    tokens that some label goes on with. So they sum to one, and a label does not lose by being longer. Of a request
+    that does not fit into the model's context together with `CLASSIFY`, tokens in the middle are left out.
     """
 
     by: str | None = None
@@ -256,14 +263,25 @@ class Classify:
         return routes
 
     def probabilities(self, adaptive: Adaptive, requests: Sequence[Request], labels: Sequence[str]) -> Tensor:
-        """(requests, labels), each row sums to one."""
+        """(requests, labels), each row sums to one.
+
+        Raises:
+            ValueError: where the labels leave no room for a request, or one is the beginning of another and the model
+                has no token that ends an answer.
+        """
         generator, library = adaptive.generator, adaptive.library
         named = ", ".join(labels)
-        asked = [generator.encode(CLASSIFY.format(labels=named, prompt=_said(request))) for request in requests]
-        answers = [generator.continuation("Kind:", f" {label}") for label in labels]
-        common = common_prefix(answers)
+        answers = [[*generator.continuation("Kind:", f" {label}"), *generator.eos[:1]] for label in labels]
+        for (label, ids), (other, more) in permutations(zip(labels, answers, strict=True), 2):
+            if more[: len(ids)] == ids:
+                raise ValueError(
+                    f"{label!r} and {other!r} cannot be told apart, since this model has no token that ends an "
+                    "answer: give one of the experts a name that begins otherwise"
+                )
+        asked = self._asked(generator, named, requests, max(map(len, answers)))
+        common = common_prefix([ids[: len(ids) - len(generator.eos[:1])] for ids in answers])
         asked = [[*ids, *common] for ids in asked]
-        answers = [tuple([*ids[len(common) :], *generator.eos[:1]]) for ids in answers]
+        answers = [tuple(ids[len(common) :]) for ids in answers]
         weights = library.weights(self.by)
         found = torch.zeros(len(requests), len(labels))
         for rows in generator.batches([len(ids) for ids in asked], max(map(len, answers))):
@@ -273,12 +291,31 @@ class Classify:
             found[rows] = _constrained(generator, start, mixtures, answers).cpu()
         return found
 
+    def _asked(self, generator: Generator, labels: str, requests: Sequence[Request], longest: int) -> list[list[int]]:
+        """What each request is classified with; `longest`: tokens of a label."""
+        asked = [generator.encode(CLASSIFY.format(labels=labels, prompt=_said(request))) for request in requests]
+        room = (generator.context or math.inf) - longest
+        if all(len(ids) <= room for ids in asked):
+            return asked
+        template = self._template(generator, labels)
+        before, after = (len(common_prefix([ids[::way] for ids in template])) for way in (1, -1))
+        if room <= before + after:
+            raise ValueError(
+                f"the names of the experts leave no room for a request in the model's context of {generator.context} "
+                "tokens: use fewer experts or shorter names, or another strategy"
+            )
+        middle = before + (room - before - after) // 2
+        return [ids[:middle] + ids[middle + max(0, len(ids) - room) :] for ids in asked]
+
+    def _template(self, generator: Generator, labels: str) -> list[list[int]]:
+        """`CLASSIFY` for requests that have nothing in common."""
+        return [generator.encode(CLASSIFY.format(labels=labels, prompt=text)) for text in ("a", "1", "(")]
+
     def _prefix(self, generator: Generator, labels: str, weights: Tensor) -> tuple[list[int], Prefill] | None:
         """What all requests begin with, read once for as long as labels and experts are the same."""
         key = generator.library, generator.library.changes, labels
         if key not in self._prefixes:
-            several = [generator.encode(CLASSIFY.format(labels=labels, prompt=text)) for text in ("a", "1", "(")]
-            ids = common_prefix(several)
+            ids = common_prefix(self._template(generator, labels))
             self._prefixes = {key: (ids, generator.prefill([ids], weights[None])) if ids else None}
         return self._prefixes[key]
 
@@ -324,19 +361,46 @@ class FewShot:
     checker: Checker | None = None
     """Checks many completions at once; the examples' own `check` one by one if not given."""
     found: Found | None = field(default=None, init=False, repr=False)
-    """What the search has come to, once it ran; `best` is a mixture in the library's order."""
+    """What the search has come to, once it ran; `best` is a mixture in the order that the library had then, see
+    `mixture`."""
 
     def __post_init__(self) -> None:
         if not self.examples:
             raise ValueError("few-shot needs examples")
+        self._names: tuple[str, ...] = ()  # whose weights `found.best` holds, and of which layers
+        self._layers: tuple[str, ...] = ()
         self._checked: dict[tuple[int, str], bool] = {}
 
     def route(self, adaptive: Adaptive, requests: Sequence[Request]) -> list[Route]:
         found = self.found or self.fit(adaptive)
-        library = adaptive.library
-        right, parts = found.score[0] * len(self.examples), ", ".join(_parts(library, found.best)) or "the base"
+        weights = self.mixture(adaptive.library)
+        right, parts = found.score[0] * len(self.examples), ", ".join(_parts(adaptive.library, weights)) or "the base"
         reason = f"{right:.0f} of {len(self.examples)} examples right: {parts}"
-        return [Route(library.weights(found.best), "few_shot", reason) for _ in requests]
+        return [Route(weights, "few_shot", reason) for _ in requests]
+
+    def mixture(self, library: ExpertLibrary) -> Tensor:
+        """The mixture found, (experts,) or (layers, experts), by name in the library's order of now.
+
+        Experts that the library did not have when it was found get weight 0.
+
+        Raises:
+            ValueError: before `fit`, or where an expert of the mixture, or a layer of it, is not there any more.
+        """
+        if self.found is None:
+            raise ValueError("few-shot has found no mixture yet; call fit first")
+        best = self.found.best
+        needed = [name for i, name in enumerate(self._names) if best[..., i].any()]
+        if gone := [name for name in needed if name not in library.names]:
+            raise ValueError(
+                f"the mixture that few-shot found needs the expert {gone[0]!r}, which the library does not have any "
+                "more; add it again, or call fit"
+            )
+        if best.ndim > 1 and library.layers != self._layers:
+            raise ValueError("few-shot's weights by layer were found for other adapted layers; call fit again")
+        weights = torch.zeros(*best.shape[:-1], len(library.names))
+        for name in needed:
+            weights[..., library.names.index(name)] = best[..., self._names.index(name)]
+        return weights
 
     def fit(self, adaptive: Adaptive) -> Found:
         """Searches. The mixture found is `found.best`; `library.expert(found.best)` is an ordinary expert.
@@ -374,13 +438,14 @@ class FewShot:
             progress=self.progress,
         )
         found.best = mixtures(found.best[None])[0]
-        self.found = found
+        self.found, self._names, self._layers = found, library.names, library.layers
         return found
 
     def scores(self, adaptive: Adaptive, mixtures: Tensor) -> list[search.Score]:
         """(share of right answers, mean probability of a token of right answers) of every mixture."""
         generator, n = adaptive.generator, len(self.examples)
         ids = [generator.encode(prompt_of(example)) for example in self.examples] * len(mixtures)
+        generator.check_room(ids, self.max_new_tokens)
         weights = mixtures.repeat_interleave(n, dim=0)
         texts, sure = [""] * len(ids), torch.zeros(len(ids))
         for rows in generator.batches([len(row) for row in ids], self.max_new_tokens):

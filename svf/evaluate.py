@@ -7,6 +7,7 @@ nothing but the settings and is written as soon as it is known, so that a run th
 the same file.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from svf.adapt import Adaptive, FewShot, Report
+from svf.adapt import Adaptive, FewShot, Fixed, Report
 from svf.experts import DISPATCH, Expert, ExpertLibrary, expert_folder, load_base, transfer
 from tasks import text, text_sets
 from tasks.repeat import interval
@@ -68,7 +69,7 @@ class Evaluation:
 
     Raises:
         ValueError: for unknown tasks or strategies, a task whose answers are run where that is not allowed, or a file
-            that holds the cells of other settings.
+            that holds the cells of other settings or other weights, or no evaluation.
         RuntimeError: where answers have to be run and the system cannot isolate them.
     """
 
@@ -93,10 +94,17 @@ class Evaluation:
             from svf.sandbox import Sandbox
 
             self.checker = partial(text.check, sandbox=Sandbox())
+        sources = [settings.base, *settings.experts.values(), *settings.loras.values()]
+        self.compared = asdict(settings) | {"content": [content(source) for source in sources]}
         self.cells: dict[str, dict] = {}
         if out.exists():
-            stored = json.loads(out.read_text())
-            if stored.get("settings") != json.loads(json.dumps(asdict(settings))):
+            try:
+                stored = json.loads(out.read_text())
+            except ValueError:
+                stored = None
+            if not isinstance(stored, dict) or not isinstance(stored.get("cells"), dict):
+                raise ValueError(f"{out} is no file of an evaluation; give another one with --out")
+            if stored.get("settings") != json.loads(json.dumps(self.compared)):
                 raise ValueError(f"{out} holds an evaluation with other settings; give another file with --out")
             self.cells = stored["cells"]
 
@@ -188,11 +196,13 @@ class Evaluation:
             best = self.best_single(search)
             if strategy == "best_single":
                 return self.tell(Adaptive(library.model, self.tokenizer, library, best), test, chosen=best)
-            library.add("shuffled", transfer(library.expert(best), library.base, shuffle=seed))
+            control = "-".join((*library.names, "shuffled"))  # a name that no expert has
+            library.add(control, transfer(library.expert(best), library.base, shuffle=seed))
             try:
-                return self.tell(Adaptive(library.model, self.tokenizer, library, "shuffled"), test, chosen=best)
+                by = Fixed(control, "shuffled")
+                return self.tell(Adaptive(library.model, self.tokenizer, library, by), test, chosen=best)
             finally:
-                library.remove("shuffled")
+                library.remove(control)
         return self.tell(Adaptive(library.model, self.tokenizer, library, strategy), test)
 
     def tell(self, adaptive: Adaptive, test: Sequence[text.Sample], **more: Any) -> dict[str, Any]:
@@ -219,8 +229,8 @@ class Evaluation:
         """The whole file, aside first and then renamed."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         aside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        content = {"settings": asdict(self.settings), "summary": self.summary(), "cells": self.cells}
-        aside.write_text(json.dumps(content, indent=1) + "\n")
+        whole = {"settings": self.compared, "summary": self.summary(), "cells": self.cells}
+        aside.write_text(json.dumps(whole, indent=1) + "\n")
         aside.replace(self.out)
 
     def summary(self) -> dict[str, Any]:
@@ -287,6 +297,18 @@ class Evaluation:
             shown = ", ".join(f"{task} {_shown(entry)}" for task, entry in tasks.items())
             lines.append(f"\n{strategy} names the right kind for, per cent: {shown}")
         return "\n".join(lines)
+
+
+def content(source: str) -> str:
+    """Short SHA-256 of the weights and configuration in a folder; a name on the Hub stands for itself."""
+    if not Path(source).is_dir():
+        return source
+    whole = hashlib.sha256()
+    for path in sorted(Path(source).iterdir()):
+        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+            with path.open("rb") as file:
+                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
 
 
 def _interval(values: list[float]) -> tuple[float, float | None]:

@@ -224,7 +224,11 @@ def _layers(model: PeftModel | SVFModel, adapter_name: str) -> list[SVFLayer]:
 
 DISPATCH = "dispatch"
 """The expert that classifies requests; no mixture contains it unless it is asked for by name."""
-RESERVED = ("base", "auto", "other", "__base__")
+RESERVED = (
+    *("base", "auto", "other", "__base__"),
+    *("prompt", "classifier", "few_shot", "few_shot_layers", "best_single", "shuffled", "lora"),
+)
+"""Names that strategies, kinds of requests and models served have."""
 
 Mixture = str | Mapping[str, float] | Sequence[float] | Tensor | None
 """An expert by name, weights by name, weights in the library's order, or None for the base."""
@@ -289,7 +293,10 @@ class ExpertLibrary:
         if name in self.names:
             raise ValueError(f"there is an expert {name!r} already; choose another name")
         if name in RESERVED or not name or "." in name:
-            raise ValueError(f"an expert cannot be called {name!r}; choose another name, without a dot")
+            raise ValueError(
+                f"an expert cannot be called {name!r}; choose another name, without a dot, that is none of "
+                f"{', '.join(RESERVED)}"
+            )
         if not isinstance(expert, Expert):
             expert = Expert.load(expert_folder(expert))
         config = replace(expert.config, init_std=0.0, inference_mode=True)

@@ -62,6 +62,20 @@ class Generator:
         """Ids of tokens that end an answer, the tokenizer's own one first."""
         return end_tokens(self.library.base, self.tokenizer)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model has positions for, of a prompt and its answer together; None where it has no limit."""
+        return getattr(self.library.base.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_room(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Raises a ValueError where a prompt and its answer are more tokens than the model has positions for."""
+        longest = max(map(len, ids), default=0)
+        if self.context and longest and longest + max_new_tokens > self.context:
+            raise ValueError(
+                f"a request of {longest} tokens and an answer of up to {max_new_tokens} are more than the "
+                f"{self.context} tokens that the model has positions for: shorten it, or lower max_new_tokens"
+            )
+
     def encode(self, request: Request) -> list[int]:
         """Token ids of a prompt, or of a conversation in the tokenizer's chat template.
 

@@ -70,8 +70,9 @@ class Alone:
         if answer == self.text:
             return "same"
         parts = sum(answer.startswith(start) for start in self._starts) - 1
-        # of a character of several tokens only the last one shows
-        return "tie" if min(self.margins[max(0, parts - 3) : parts + 1]) < TIE else "wrong"
+        # of a character of several tokens, four at most, only the last one shows: it can part at any of them
+        same = [n for n in range(max(0, parts - 3), parts + 1) if self._starts[n] == self._starts[parts]]
+        return "tie" if min(self.margins[n] for n in same) < TIE else "wrong"
 
 
 @dataclass
@@ -206,23 +207,26 @@ def client_of(url: str) -> openai.AsyncOpenAI:
 
 
 async def load(url: str, asked: Sequence[Question], clients: int, seconds: float, seed: int = 0) -> Report:
-    """Keeps so many clients busy for so long."""
+    """Keeps so many clients busy for so long. Each begins with a question and a disturbance, all kinds in turn."""
     report, start = Report(), time.perf_counter()
 
     async def client(number: int) -> None:
         rng = random.Random(f"{seed} {number}")
-        disturbs = False  # not with its first request
-        while not disturbs or time.perf_counter() - start < seconds:
+        turn = 0
+        while turn < 2 or time.perf_counter() - start < seconds:
             question, what = rng.choice(asked), rng.choice(DISTURBANCES)
+            disturbs = rng.random() < 0.15
+            if turn < 2:
+                disturbs, what = turn == 1, DISTURBANCES[number % len(DISTURBANCES)]
+            turn += 1
             try:
-                if disturbs and rng.random() < 0.15:
+                if disturbs:
                     await disturb(f"{url}/chat/completions", http, question, report, what)
                 else:
                     await ask(api, question, report, stream=rng.random() < 0.5)
             except (openai.OpenAIError, httpx.HTTPError) as problem:
                 report.counts["lost"] += 1
                 report.wrong.append(f"{question.model} {question.prompt!r}: {problem!r}")
-            disturbs = True
 
     headers = {"Authorization": f"Bearer {os.environ.get(KEY)}"}
     async with httpx.AsyncClient(timeout=120, headers=headers) as http, client_of(url) as api:

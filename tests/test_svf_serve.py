@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -70,7 +71,7 @@ def lone():
 
 @pytest.fixture(scope="module")
 def server():
-    with running(adaptive(kind, "a", "b"), slots=4, waiting=64, chunk=16, max_bytes=4000) as (url, engine):
+    with running(adaptive(kind, "a", "b"), slots=4, waiting=64, chunk=16, max_bytes=100_000) as (url, engine):
         yield url, engine
 
 
@@ -146,6 +147,22 @@ def test_under_load(server):
     assert report.counts["lost"] == report.counts["wrong"] == report.counts["wrong routes"] == 0
     assert report.counts["tie"] <= 1
     assert len(report.seconds) == report.counts["same"] + report.counts["tie"] >= 16
+    assert {*load.DISTURBANCES} <= {*report.counts}, report.counts
+
+
+def test_a_tie_within_a_character_of_several_tokens(monkeypatch):
+    """Which shows no sooner than at its last token; the tie has to be at one of its own."""
+    model = adaptive("base")
+    ids, tokens = map(model.generator.encode, ("1+1=", "ab€cd"))  # seven, of which the third to the fifth are one
+    written = SimpleNamespace(sequences=torch.tensor([ids + tokens]), logits=torch.eye(258)[tokens, None].unbind())
+    monkeypatch.setattr(model.library.base, "generate", lambda **settings: written)
+    alone = load.Alone(model, "1+1=", torch.zeros(0), 7)
+    assert alone.text == "ab€cd"
+    ties = {"~b€cd": [0], "a~€cd": [1], "ab~cd": [2, 3, 4], "ab€~d": [5], "ab€c~": [6]}
+    for answer, tied in ties.items():
+        for at in range(7):
+            alone.margins = [1e-5 if n == at else 1.0 for n in range(7)]
+            assert alone.compare(answer) == ("tie" if at in tied else "wrong"), (answer, at)
 
 
 def test_what_a_load_counts_as_wrong():
@@ -156,6 +173,8 @@ def test_what_a_load_counts_as_wrong():
     assert alone.compare(text[:9] + "~" + text[10:]) == "tie"
     for wrong in (text[:5] + "~" + text[6:], text[:14] + "~" + text[15:], "", text + "x", text[:20]):
         assert alone.compare(wrong) == "wrong"
+    for later in (1, 2, 3):  # an answer that parts after its tie took the same token there
+        assert alone.compare(text[: 9 + later] + "~" + text[10 + later :]) == "wrong"
     report = load.Report()
     question = load.Question("base", "1+1=", 30, alone, {"label": "base", "mixture": {}})
     for answer, finish, label in (
@@ -262,7 +281,7 @@ GOOD = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "ma
         (b"\xff\xfe", 400, "parse the JSON"),
         ('{"model": "\\ud800"}', 400, "parse the JSON"),
         ("[]", 400, "JSON object"),
-        ("x" * 5000, 413, "larger than 4000 bytes"),
+        ("x" * 100_001, 413, "larger than 100000 bytes"),
         ({"model": "base+svf:c"}, 404, "there are base, base+svf:a, base+svf:b, base+svf:auto"),
         ({"model": ["base"]}, 404, "does not exist"),
         ({"messages": []}, 400, "at least one message"),

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctm import CTM, CTMConfig, Thinker, ops
 from ctm.loss import classification_loss
+from ctm.modules import CrossAttention, SuperLinear
 from ctm.record import Recording, record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -238,6 +239,30 @@ class Case:
             self.step()
         return counter.get_total_flops()
 
+    def bytes(self) -> float:
+        """That the products of a step read and write where nothing stays in a cache, by counting the plain loop's.
+
+        A product is a linear layer, a convolution, a layer of the neuron-level models, or a query's attention. At every
+        call, so at every tick, its weights (or keys and values) are read once, and twice by the backward pass; its
+        result is written once and read once by the backward pass; all in the type of products. Norms, the trace,
+        synchronization and AdamW are left out.
+        """
+        operands = results = 0
+
+        def count(module: nn.Module, inputs: tuple, result: Tensor) -> None:
+            nonlocal operands, results
+            used = inputs[1] if isinstance(module, CrossAttention) else [module.weight]
+            operands += sum(tensor.numel() for tensor in used)
+            results += result.numel()
+
+        kinds = nn.Linear, nn.Conv2d, SuperLinear, CrossAttention
+        hooks = [part.register_forward_hook(count) for part in self.model.modules() if isinstance(part, kinds)]
+        with path(plain=True):
+            self.forward()
+        for hook in hooks:
+            hook.remove()
+        return (3 * operands + 2 * results) * self.dtype.itemsize
+
 
 def measure(
     name: str, precision: str, device: str, batch: int, overrides: dict, at_least: float, profile: bool, recording: bool
@@ -262,7 +287,7 @@ def measure(
         ops.clear()
         if device == "cuda":
             torch.cuda.empty_cache()
-    row["flops"] = case.flops()
+    row["flops"], row["bytes"] = case.flops(), case.bytes()
     return row
 
 
@@ -300,7 +325,9 @@ def show(row: dict) -> str:
         words.append(f"{row['fast_kernels']:,} kernels (plain {row['plain_kernels']:,}), busy {ms(row['fast_busy'])}")
     if "recording" in row:
         words.append(f"recording {row['recording']:+.1%} of the forward")
-    words.append(f"{row['compute_share']:.1%} of the compute floor")
+    for what in ("compute", "bandwidth"):
+        fast, plain = row[f"fast_{what}_share"], row[f"plain_{what}_share"]
+        words.append(f"{fast:.1%} of the {what} (plain {plain:.1%})")
     words.append(f"parity {row['difference']:.0e}")
     return " · ".join(words)
 
@@ -341,7 +368,9 @@ def main() -> None:
                     failed = True
                     print(f"{name} {precision}: not measured, {error}")
                     continue
-                row["compute_share"] = row["flops"] / compute / row["fast_step"]
+                for kind in ("fast", "plain"):
+                    row[f"{kind}_compute_share"] = row["flops"] / compute / row[f"{kind}_step"]
+                    row[f"{kind}_bandwidth_share"] = row["bytes"] / bandwidth / row[f"{kind}_step"]
                 rows.append(row)
                 print(show(row), flush=True)
     if words.json:

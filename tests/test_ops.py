@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -20,6 +21,7 @@ from torch import nn
 from ctm import CTM, CTMConfig, compat, ops, record
 from ctm.encoders import ResNet
 from ctm.model import Thinker
+from ctm.record import Recording
 from svf import SVFConfig
 
 SMALL = {"d_model": 24, "d_input": 8, "ticks": 5, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
@@ -238,7 +240,7 @@ class Curious(CTM):
     pass
 
 
-@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "half"])
+@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "half", "recording"])
 def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, monkeypatch, caplog):
     monkeypatch.setenv("CTM_OPS", "auto")
     monkeypatch.setattr(ops, "said", set())
@@ -252,6 +254,8 @@ def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, m
         net.__class__ = Curious
     elif change == "norm":
         net = make(nlm_layernorm=True)
+    elif change == "recording":
+        net.recordings.append(Recording())
     else:
         net, read = net.double(), read.double()
     with caplog.at_level(logging.WARNING):
@@ -428,6 +432,104 @@ def test_a_thought_is_made_ready_by_a_graph_and_is_its_own(kind, device, monkeyp
     assert all(relative(fast.state.trace_BDM, slow.state.trace_BDM) < 1e-4 for fast, slow in before)
     graphs = list(ops.replay.kept[model.net].values())
     assert len(graphs) == 2 and all(isinstance(graph, ops.replay.Replay) for graph in graphs)
+
+
+class Stale(ops.replay.Replay):
+    """What a graph gives for the input that it was recorded with, whatever its module has become: what it gave."""
+
+    def __init__(self, function, x):
+        self.function, self.x, self.y = function, x.clone(), function(x)
+
+    def __call__(self, x):
+        return self.y if torch.equal(x, self.x) else self.function(x)
+
+
+def transpose(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data.T
+
+
+CHANGES = {
+    "an activation": lambda model: setattr(model.encoder.stem, "2", nn.GELU().eval()),
+    "an eps": lambda model: setattr(model.encoder.stem[1], "eps", 0.5),
+    "no pooling": lambda model: setattr(model.encoder.stem, "3", nn.Identity().eval()),
+    "a tuple": lambda model: setattr(model.encoder.stem[0], "dilation", (2, 1)),
+    "strides": lambda model: transpose(model.net.attention.out_proj),
+    "the norm of the synapses": lambda model: setattr(model.net.synapses.first[2], "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_is_not_replayed_for_what_it_was_not_recorded_of(change, monkeypatch):
+    monkeypatch.setattr(ops.replay, "Replay", Stale)
+    monkeypatch.setattr(ops.replay, "DEVICES", ("cpu",))
+    ops.clear()
+    model, images = Thinker(ResNet(8, stages=1), make()).eval(), torch.randn(2, 3, 15, 15)
+    found = {}
+    with torch.no_grad():
+        for path in ("auto", "auto", "auto", "changed", "naive"):
+            monkeypatch.setenv("CTM_OPS", "naive" if path == "naive" else "auto")
+            if path == "changed":
+                assert all(isinstance(*ops.replay.kept[part].values(), Stale) for part in (model.encoder, model.net))
+                CHANGES[change](model)
+            found[path] = model(images).predictions
+    assert relative(found["changed"], found["naive"]) < 1e-5
+    assert relative(found["changed"], found["auto"]) > 1e-4, "the change is one"
+
+
+def test_what_cannot_be_compared_is_not_replayed(monkeypatch):
+    monkeypatch.setattr(ops.replay, "Replay", Stale)
+    monkeypatch.setattr(ops.replay, "DEVICES", ("cpu",))
+    encoder, images = ResNet(8, stages=1).eval(), torch.randn(2, 3, 15, 15)
+    encoder.sizes = ([1], [2])
+    with torch.no_grad():
+        for _ in range(3):
+            ops.encode(encoder, images)
+    assert not ops.replay.kept[encoder]
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_threads_that_use_one_model_do_not_disturb_each_other(replays, monkeypatch):
+    monkeypatch.setenv("CTM_OPS", "auto")
+    if replays:
+        monkeypatch.setattr(ops.replay, "Replay", Rerun)
+        monkeypatch.setattr(ops.replay, "DEVICES", ("cpu",))
+    ops.clear()
+    model = Thinker(ResNet(8, stages=1), make()).eval()
+    images = torch.randn(2, 20, 2, 3, 15, 15)
+    images[1] += 1
+
+    @torch.no_grad()
+    def thoughts(mine: torch.Tensor) -> list[torch.Tensor]:
+        return [model(x).predictions for x in mine]
+
+    alone = [thoughts(mine) for mine in images]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(thoughts, images))
+    finally:
+        sys.setswitchinterval(interval)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert all(relative(*pair) < 1e-6 for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_gpu_than_the_current_one(monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    ops.clear()
+    model = Thinker(ResNet(8, stages=1), make()).to("cuda:1").eval()
+    for _ in range(3):  # by launches, while it is recorded, replayed
+        images = torch.randn(2, 3, 15, 15, device="cuda:1")
+        found = {}
+        for path in ("auto", "naive"):
+            monkeypatch.setenv("CTM_OPS", path)
+            with torch.no_grad():
+                seen = model(images).predictions
+            predictions = model(images).predictions
+            found[path] = seen, predictions, *torch.autograd.grad(predictions.square().sum(), model.net.query.weight)
+        assert all(relative(*pair) < 1e-4 for pair in zip(found["auto"], found["naive"], strict=True))
 
 
 @pytest.mark.gpu

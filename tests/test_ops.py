@@ -341,8 +341,9 @@ def test_models_that_think_pickle_and_copy(monkeypatch):
     assert torch.equal(copy.deepcopy(net)(read).predictions, before)
 
 
-def test_the_published_loop_that_speed_is_measured_against(golden):
-    case = golden("maze_first_last")
+@pytest.mark.parametrize("name", ["maze_first_last", "image_random_pairing"])
+def test_the_published_loop_that_speed_is_measured_against(golden, name):
+    case = golden(name)
     model = from_case(case.kind, case.config, case.under("state.")).eval()
     with torch.no_grad():
         predictions, certainty = model(case["input.0"])

@@ -18,11 +18,11 @@ from ctm.loss import route_loss
 
 
 class Published(nn.Module):
-    """A published image model (`ctm` kind, ResNet, no position embedding).
+    """A published image model (`ctm` kind, ResNet).
 
     Args:
         config: the published constructor's arguments. state: the published state dict.
-        features: the backbone, images -> (B, C, H, W).
+        features: the backbone and position embedding, images -> (B, C, H, W).
     """
 
     def __init__(self, config: dict, state: dict[str, Tensor], features: nn.Module):
@@ -30,7 +30,7 @@ class Published(nn.Module):
         self.config, self.features = config, features
         self.names = {name: name.replace(".", "_") for name in state}
         for name, value in state.items():
-            if name.startswith(("backbone.", "initial_rgb.")):
+            if name.startswith(("backbone.", "initial_rgb.", "positional_embedding.")):
                 continue
             if value.is_floating_point():
                 self.register_parameter(self.names[name], nn.Parameter(value.clone()))
@@ -125,7 +125,7 @@ class Published(nn.Module):
 
 
 def from_case(kind: str, config: dict, state: dict[str, Tensor]) -> Published:
-    """With the backbone of our model, which is torchvision's."""
+    """With the backbone of our model, which is torchvision's, and its position embedding."""
     encoder = compat.load(kind, config, state).encoder
 
     class Features(nn.Module):
@@ -134,7 +134,8 @@ def from_case(kind: str, config: dict, state: dict[str, Tensor]) -> Published:
             self.encoder = encoder
 
         def forward(self, images: Tensor) -> Tensor:
-            return self.encoder.features(images)
+            x = self.encoder.features(images)
+            return x if self.encoder.position is None else x + self.encoder.position(x)
 
     return Published(config, state, Features())
 

@@ -6,6 +6,7 @@ CUDA graphs; `CTM_OPS=triton` takes the kernels anywhere (for Triton's interpret
 
 import logging
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -86,12 +87,12 @@ def take_weights(net: nn.Module, reads: list[Tensor | KeysValues], state) -> Wei
         Unsupported: where the fast path cannot.
     """
     device, c = state.z_BD.device, net.config
-    if mode() == "naive" or device.type not in ("cpu", "cuda"):
+    if mode() == "naive" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if net.recordings and torch.is_grad_enabled():
-        return None  # what is recorded keeps its graph, and the buffers have none
+    if device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"devices of type {device.type}")
+    if net.recordings and torch.is_grad_enabled():  # what is recorded keeps its graph, and the buffers have none
+        raise Unsupported("recordings of a thought with gradients")
     if type(net).__qualname__ != "CTM" or type(net).__module__ != "ctm.model":
         raise Unsupported(f"the subclass {type(net).__name__}")
     if state.z_BD.dtype != torch.float32:
@@ -138,7 +139,8 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
     if runner.weights is not weights:
         runner.weights = weights
         runner.work.taken.clear()
-    with torch.autocast(device.type, enabled=False):
+    # Kernels are launched, and graphs recorded, on the current device; for the backward pass autograd sees to that.
+    with torch.cuda.device_of(state.z_BD), torch.autocast(device.type, enabled=False):
         z_TBD, trace_BDM, alpha_BR = (ThinkAgain if again else Think).apply(runner, *given.values())
         sync_BTR, alpha_out_BR, beta_out_R = Scan.apply(
             z_TBD, net.sync_out.bounded_decay(), state.out.alpha_BR, state.out.beta_R, Pairs.of(net.sync_out)
@@ -256,20 +258,23 @@ class Runner:
 MOST = 12
 """Runners that are kept; the one not used for longest goes first."""
 runners: "OrderedDict[tuple, list[Runner]]" = OrderedDict()
+choosing = threading.Lock()
 
 
 def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
-    """A runner of this kind whose buffers are free."""
-    key = (spec, id(pairs), torch.get_float32_matmul_precision())
-    runners.setdefault(key, [])
-    runners.move_to_end(key)
-    free = next((runner for runner in runners[key] if not runner.busy), None)
-    if free is None:
-        with torch.inference_mode(False):  # its buffers outlive this mode
-            free = Runner(spec, pairs)
-        runners[key].append(free)
-    while sum(map(len, runners.values())) > MOST and len(runners) > 1:
-        runners.popitem(last=False)
+    """A runner of this kind whose buffers are free: of this thread's own, for without gradients nothing marks them as
+    used while it thinks."""
+    key = (spec, id(pairs), torch.get_float32_matmul_precision(), threading.get_ident())
+    with choosing:
+        runners.setdefault(key, [])
+        runners.move_to_end(key)
+        free = next((runner for runner in runners[key] if not runner.busy), None)
+        if free is None:
+            with torch.inference_mode(False):  # its buffers outlive this mode
+                free = Runner(spec, pairs)
+            runners[key].append(free)
+        while sum(map(len, runners.values())) > MOST and len(runners) > 1:
+            runners.popitem(last=False)
     return free
 
 

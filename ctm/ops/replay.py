@@ -2,10 +2,12 @@
 of weights that are made ready, which take longer than their work, become one each."""
 
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ OUR_OWN = ("torch.nn.modules.", "torchvision.models.", "ctm.encoders", "ctm.modu
 
 DEVICES = ("cuda",)
 """Which can record."""
+PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
+"""Attributes of these types say what a module does: sizes, an eps, a mode."""
 
 kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, Replay | None]]" = weakref.WeakKeyDictionary()
 
@@ -30,7 +34,8 @@ class Replay:
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )  # the weights as they will be, not the copies that were cast until now
-        with torch.inference_mode(False), torch.no_grad(), autocast:  # its buffers outlive this mode
+        # Its buffers outlive this mode; a graph is recorded on the current device.
+        with torch.inference_mode(False), torch.no_grad(), autocast, torch.cuda.device(x.device):
             self.x = x.clone()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -63,40 +68,62 @@ def prepare(function: Callable, net: nn.Module, reads: list, state) -> tuple:
 def replayed(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor, *more: int) -> Any:
     """What `function(x)` gives, from the second call on of those that are alike, `more` included, by a graph. None
     where it may not be one, or not yet: the first call compiles, and chooses algorithms."""
-    addresses = addresses_of(module, x)
-    if addresses is None:
+    if not may_replay(x) or (what := identity(module)) is None:
         return None
     graphs = kept.setdefault(module, OrderedDict())
     key = (
-        x.shape, x.dtype, x.stride(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, os.environ.get("CTM_OPS"), *more,
-        *addresses,
+        threading.get_ident(), x.device, x.shape, x.dtype, x.stride(), torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+        os.environ.get("CTM_OPS"), *more, *what,
     )  # fmt: skip
-    if key not in graphs:
-        graphs[key] = None
-        while len(graphs) > MOST:
-            graphs.popitem(last=False)
+    try:
+        graph = graphs.pop(key, missing)  # once, for the key is long
+    except TypeError:  # an attribute that can be changed without a trace
         return None
-    graphs.move_to_end(key)
-    if graphs[key] is None:
-        graphs[key] = Replay(function, x)
-    return graphs[key](x)
+    if graph is None:
+        graph = Replay(function, x)
+    graphs[key] = None if graph is missing else graph
+    while len(graphs) > MOST:
+        graphs.popitem(last=False)
+    return None if graph is missing else graph(x)
 
 
-def addresses_of(module: nn.Module, x: Tensor) -> list[int] | None:
-    """Where all weights lie, if it is known that nothing else but their numbers and those of the input changes from
-    call to call; None if not."""
+missing = object()
+
+
+def may_replay(x: Tensor) -> bool:
+    """Whether a graph may stand for launches now."""
     if x.device.type not in DEVICES:
-        return None
+        return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if nn_module._has_any_global_hook() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    addresses = []
-    for part in module.modules():
-        hooked = part._forward_hooks or part._forward_pre_hooks
-        if part.training or hooked or not type(part).__module__.startswith(OUR_OWN):
+        return False
+    return not (nn_module._has_any_global_hook() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+@cache
+def our_own(kind: type) -> bool:
+    return kind.__module__.startswith(OUR_OWN)
+
+
+def identity(module: nn.Module) -> list | None:
+    """What every part of a module is and where its weights lie: while this stays the same, nothing but numbers changes
+    from call to call. None if that is not known.
+
+    It is taken before every thought while the GPU waits: hence no names, no `modules()`.
+    """
+    found, parts = [], [module]
+    for part in parts:  # which grows
+        found.append(type(part))
+        if part is None:
+            continue
+        if part.training or part._forward_hooks or part._forward_pre_hooks:
             return None
+        if not our_own(type(part)):
+            return None
+        found += [value for value in part.__dict__.values() if type(value) in PLAIN]
         for values in (part._parameters, part._buffers):
-            addresses += [value.data_ptr() for value in values.values() if value is not None]
-    return addresses
+            for value in values.values():
+                if value is not None:
+                    found += value.data_ptr(), value.shape, value.stride(), value.dtype
+        parts += part._modules.values()
+    return found

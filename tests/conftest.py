@@ -72,7 +72,7 @@ def train(tmp_path):
         environment = {k: v for k, v in (os.environ | {"OMP_NUM_THREADS": "1"} | env).items() if v is not None}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if wait:
-            return subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, check=False, **pipes)
+            return subprocess.run(command, cwd=tmp_path, env=environment, timeout=900, check=False, **pipes)
         return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
 
     return run

@@ -414,7 +414,10 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Inside the model's `generate`, rows may have been repeated (beams, several sequences from one prompt)."""
+        """Inside the model's `generate`, rows may have been repeated (beams, several sequences from one prompt).
+
+        What the prompts themselves have of rows is compared before: later the two cannot be told apart.
+        """
         generate = getattr(self.model, "generate", None)
         if generate is None:
             yield
@@ -422,6 +425,10 @@ class SVFModel(BaseTuner):
 
         @functools.wraps(generate)
         def repeated(*args: Any, **kwargs: Any) -> Any:
+            named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+            prompts = next((value for value in (*args[:1], *named) if isinstance(value, Tensor) and value.ndim), None)
+            if prompts is not None and self.mixing.wanted is not None:
+                self.mixing.wanted.for_batch(len(prompts), None, repeated=False)
             self.mixing.repeated = True
             try:
                 return generate(*args, **kwargs)

@@ -35,14 +35,15 @@ from svf.mix import Mix, Mixing, Replay
 
 
 @functools.cache
-def _reads_weight(kind: type, child: str) -> bool:
+def _reads_weight(kind: type, child: str, weight: str = "weight") -> bool:
     """Whether the code of a class reads the weight of its child `child` itself, so that wrapping it does nothing.
 
     `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` with `linear1`, fused state-space
     layers with their projections. Looking at a weight's dtype or device is not reading it.
     """
     harmless = ("__init__", "_init_weights", "reset_parameters", "_reset_parameters", "extra_repr", "__setstate__")
-    read = re.compile(rf"(?<!isinstance\()self\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape|size|ndim|is_))")
+    path = rf"{re.escape(child)}\.{re.escape(weight)}"
+    read = re.compile(rf"(?<!isinstance\()self\.{path}\b(?!\.(dtype|device|shape|size|ndim|is_))")
     for base in kind.__mro__:
         if base in (nn.Module, object) or base.__name__ in ("PreTrainedModel", "Sequential", "ModuleList"):
             continue
@@ -79,7 +80,20 @@ def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[in
         return f"{type(parent).__name__} reads its weight itself"
     if isinstance(target, nn.Linear) and not _is_linear(target):
         return f"{type(target).__name__} is more than a linear layer"
-    sharing = owners.get(id(getattr(target, "weight", None)), [])
+    return _tied(getattr(target, "weight", None), owners)
+
+
+def _why_not_parameter(target: nn.Module, name: str, parent: nn.Module, weight: str, owners) -> str | None:
+    """Why a matched parameter (`weight` of `target`, which is `name` of `parent`) must be left alone, or None."""
+    if isinstance(target, BaseTunerLayer):
+        return f"adapted already by {type(target).__module__.split('.')[-2]}"
+    if _reads_weight(type(parent), name, weight):
+        return f"{type(parent).__name__} reads its weight itself"
+    return _tied(getattr(target, weight), owners)
+
+
+def _tied(parameter: Any, owners: Mapping[int, list[str]]) -> str | None:
+    sharing = owners.get(id(parameter), [])
     return f"tied: its weight is {' and '.join(sharing)}" if len(sharing) > 1 else None
 
 
@@ -200,6 +214,14 @@ class SVFModel(BaseTuner):
 
     def _wrap_parameter(self, config, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         layer = next((part for part in (target, parent) if isinstance(part, ParamWrapper)), None)
+        if layer is None or parameter_name not in layer.names():
+            module, name, owner = target, target_name, parent
+            if layer is not None:
+                module, (path, _, name) = layer.get_base_layer(), layer.key.rpartition(".")
+                owner = self.model.get_submodule(path)
+            if why := _why_not_parameter(module, name, owner, parameter_name, self._owners):
+                self.skipped[key] = why
+                return
         if layer is None:
             layer = ParamWrapper(target, adapter_name, key.removesuffix(f".{parameter_name}"), self.mixing)
             layer.add_parameter(adapter_name, config, parameter_name)

@@ -448,6 +448,21 @@ def test_what_is_left_alone_is_said():
         get_peft_model(Reader(), SVFConfig(target_modules=["read"]))
 
 
+def test_parameters_that_are_left_alone_are_said():
+    """As modules are: a wrapper around a weight that another module reads would do nothing."""
+    names = ["fine.weight", "read.weight", "attention.out_proj.weight", "head.weight"]
+    model = Reader()
+    with pytest.warns(UserWarning, match="SVF left alone") as told:
+        model = get_peft_model(model, SVFConfig(target_parameters=names))
+    text = str(next(w.message for w in told if "left alone" in str(w.message)))
+    assert "read.weight (Reader reads its weight itself)" in text
+    assert "attention.out_proj.weight (MultiheadAttention reads its weight itself)" in text
+    assert "head.weight (tied: its weight is" in text
+    assert [layer.key for layer in model.modules() if isinstance(layer, SVFLayer)] == ["fine"]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no target of adapter"):
+        get_peft_model(llama(tie_word_embeddings=True), SVFConfig(target_parameters=["lm_head.weight"]))
+
+
 def test_composes_with_lora(tmp_path):
     """SVF over a LoRA-merged base, and LoRA over an SVF-merged one; a live LoRA layer is left alone."""
     case = Case(llama)

@@ -120,7 +120,7 @@ class SVFModel(BaseTuner):
         self.skipped: dict[str, str] = {}
         """Matched modules that were left alone, and why."""
         self._owners: dict[int, list[str]] = {}
-        self._switched: list[SVFLayer] | None = None  # what `set_adapter` goes over; found when first needed
+        self._switched: list[SVFLayer] | None = None  # all layers; found when first needed
         self._checkpointing: list[nn.Module] | None = None  # what may recompute its forward; likewise
         super().__init__(model, config, adapter_name, **kwargs)
         self._hook = self.model.register_forward_pre_hook(self.mixing.see, with_kwargs=True)
@@ -294,8 +294,19 @@ class SVFModel(BaseTuner):
 
     # Experts
 
+    def _check_names(self, names: str | Sequence[str], also: Sequence[str] = ()) -> None:
+        """Raises ValueError for an adapter that is not there."""
+        there = [*also, *self.peft_config]
+        if unknown := [name for name in ([names] if isinstance(names, str) else names) if name not in there]:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(there)}")
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
+        """Makes adapters the active ones, and trainable unless `inference_mode`; all others are frozen.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._check_names(adapter_name)
         if any(config.modules_to_save for config in self.peft_config.values()):
             super().set_adapter(adapter_name, inference_mode)
             return
@@ -331,8 +342,7 @@ class SVFModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already; delete it or choose another name")
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(self.peft_config)}")
+        self._check_names(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
         configs = [self.peft_config[name] for name in adapters]
@@ -382,6 +392,14 @@ class SVFModel(BaseTuner):
                 mean += weight * F.pad(sigmoid, (0, values.shape[-1] - sigmoid.shape[-1]))
         return spectral.shift(mean - 1, values, "residual", config.normalize, 1.0)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self._check_names(adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_names(adapter_names or [])
+        super().merge_adapter(adapter_names, safe_merge)
+
     def delete_adapter(self, adapter_name: str) -> None:
         if self.mixing.wanted is not None:
             raise ValueError("adapters cannot be deleted inside a mixture; leave its block first")
@@ -406,13 +424,12 @@ class SVFModel(BaseTuner):
                 by layer: (layers, experts) for all rows, or (rows, layers, experts).
 
         Raises:
-            ValueError: for an unknown name, or a number of experts, rows or tokens that is not the model's; where an
-                adapter saved whole modules.
+            ValueError: for an unknown name or layer, or a number of experts, rows or tokens that is not the model's;
+                where an adapter saved whole modules.
         """
         names = tuple(self.peft_config)
         if isinstance(weights, Mapping):
-            if unknown := [name for name in weights if name not in names]:
-                raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(names)}")
+            self._check_names(list(weights))
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in names])
         elif not isinstance(weights, Tensor):
             weights = torch.tensor(weights, dtype=torch.float32)
@@ -423,6 +440,11 @@ class SVFModel(BaseTuner):
                 f"weights of shape {tuple(weights.shape)} do not fit {len(names)} experts ({', '.join(names)}): give "
                 f"{shapes}"
             )
+        if self._switched is None:
+            self._switched = list(self.layers())
+        keys = {layer.key: None for layer in self._switched}
+        if unknown := [key for key in layers or () if key not in keys]:
+            raise ValueError(f"there is no adapted layer {unknown[0]!r}; there are {', '.join(keys)}")
         if saved := [name for name in names if self.peft_config[name].modules_to_save]:
             raise ValueError(
                 f"{saved[0]!r} has modules of its own (modules_to_save), which cannot be mixed; delete it first"
@@ -471,8 +493,7 @@ class SVFModel(BaseTuner):
             yield
             return
         names = list(self.peft_config)
-        if unknown := [name for name in chosen if name not in names and name != "__base__"]:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; there are __base__, {', '.join(names)}")
+        self._check_names(chosen, also=["__base__"])
         weights = torch.tensor([[float(name == row) for name in names] for row in chosen])
         with self.mix(weights):
             yield
@@ -489,8 +510,9 @@ class SVFModel(BaseTuner):
 
     # Unloading
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, adapter_names: list[str] | None = None, **kwargs) -> nn.Module:
+        self._check_names(adapter_names or [])
+        unloaded = super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
         self._hook.remove()
         for module in self.model.modules():
             checkpoint = vars(module).get("_gradient_checkpointing_func")

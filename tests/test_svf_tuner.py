@@ -259,6 +259,26 @@ def test_weighted_adapter_refusals():
         model.add_weighted_adapter(["default"], [1], "default")
 
 
+def test_unknown_names_are_refused():
+    case = Case(llama, target_modules=["q_proj"])
+    model = adapt(case, "a")
+    model.add_adapter("b", SVFConfig(**case.targets))
+    for ask in (
+        lambda: model.base_model.set_adapter("typo"),
+        lambda: model.base_model.set_adapter(["a", "typo"]),
+        lambda: model.merge_adapter(["typo"]),
+        lambda: model.set_requires_grad(["typo"]),
+        lambda: model.merge_and_unload(adapter_names=["typo"]),
+    ):
+        with pytest.raises(ValueError, match=r"^there is no adapter 'typo'; there are a, b$"):
+            ask()
+    assert len(zs(model, "b")) == 2
+    places = {f"model.layers.{i}.self_attn.q_proj": i for i in range(2)}
+    message = r"no adapted layer 'typo'; there are model\.layers\.0\.self_attn\.q_proj, "
+    with pytest.raises(ValueError, match=message), model.mix(torch.zeros(3, 2), layers=places | {"typo": 2}):
+        pass
+
+
 def test_only_z_learns(case):
     model = adapt(case).train()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -43,7 +43,7 @@ def test_a_file_is_an_expert(case, tmp_path):
     for name, z in expert.z.items():
         module, _, parameter = name.rpartition(".")
         shape = next(parameters[n].shape for n in (name, f"{module}.base_layer.{parameter}") if n in parameters)
-        assert z.shape[-1] == min(shape[0], shape[1:].numel()) if len(shape) != 3 else min(shape[1:])
+        assert z.shape[-1] == (min(shape[0], shape[1:].numel()) if len(shape) != 3 else min(shape[1:]))
     expert.save(tmp_path / "again")
     model.load_adapter(tmp_path / "again", "again")
     model.set_adapter("a")
@@ -157,6 +157,15 @@ def test_export_refusals(tmp_path):
     model = adapt(CASES["moe"]())
     with pytest.raises(ValueError, match="cannot be exported to LoRA; merge"):
         experts.export_lora(model, tmp_path, 4)
+
+
+def test_whole_modules_are_not_dropped_silently(tmp_path):
+    model = get_peft_model(Case(llama).model, SVFConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"also saves lm_head in full \(modules_to_save\)"):
+        experts.export_lora(model, tmp_path / "lora", 4)
+    with pytest.raises(ValueError, match=r"also saves lm_head in full \(modules_to_save\)"):
+        experts.from_model(model)
+    assert not (tmp_path / "lora").exists()
 
 
 def checkpoint(make, folder):

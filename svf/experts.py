@@ -632,7 +632,7 @@ def base_folder(model: str | Path, weights: bool = True) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 

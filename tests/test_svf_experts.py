@@ -1,8 +1,10 @@
 """Expert files, their algebra, export to LoRA, published files, and the command line."""
 
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import relative
@@ -194,6 +196,26 @@ def test_commands(tmp_path, capsys):
 
     svf("decompose", base, "--targets", "gate_proj", "up_proj", "down_proj", "--cache", tmp_path / "cache")
     assert model.peft_config["default"].basis_hash in capsys.readouterr().out
+
+
+def test_a_merged_checkpoint_has_the_tokenizer_of_a_base_of_the_hub(tmp_path, monkeypatch):
+    base, files = tmp_path / "base", ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt")
+    case = checkpoint(llama, base)
+    for file in files:
+        (base / file).write_text(f"{{}} {file}")
+    model = adapt(case)
+    model.save_pretrained(tmp_path / "expert")
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = [file for file in files if any(fnmatch(file, pattern) for pattern in allow_patterns)]
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    svf("merge", tmp_path / "expert", tmp_path / "merged", "--base", "someone/base")
+    assert asked == {"someone/base": list(files)}
+    assert {file: (tmp_path / "merged" / file).read_text() for file in files} == {f: f"{{}} {f}" for f in files}
 
 
 def test_published_files(tmp_path, capsys):

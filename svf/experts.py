@@ -627,9 +627,18 @@ def _low_rank(layer: SVFLayer, adapter_name: str, rank: int) -> tuple[Tensor, Te
 
 
 def base_folder(model: str | Path, weights: bool = True) -> Path:
-    """Folder of a checkpoint; one of the Hub is fetched first, without its weights where they are not needed."""
+    """Folder of a checkpoint; one of the Hub is fetched first, without its weights where they are not needed.
+
+    Raises:
+        ValueError: for a file, such as the checkpoint of a CTM.
+    """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file() or Path(model).suffix in (".safetensors", ".ckpt", ".pt"):
+        raise ValueError(
+            f"{model} names a file, not a folder or a model of the Hub; merge an expert of a CTM in Python with "
+            f'PeftModel.from_pretrained(ctm.load("{model}"), EXPERT).merge_and_unload()'
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]

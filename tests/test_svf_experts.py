@@ -269,6 +269,32 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} is no expert: it has no adapter_config.json\n"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_is_no_base(there, tmp_path, monkeypatch, capsys):
+    """The checkpoint of a CTM; also where the expert says it, and it is elsewhere."""
+    case = CASES["ctm"]()
+    model = adapt(case)
+    model.save_pretrained(tmp_path / "expert")
+    if there:
+        (tmp_path / "maze.safetensors").touch()
+    words = [
+        "svf",
+        "merge",
+        str(tmp_path / "expert"),
+        str(tmp_path / "out"),
+        "--base",
+        str(tmp_path / "maze.safetensors"),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'maze.safetensors'} names a file, not a folder")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_gpt2_merges_to_a_plain_checkpoint(tmp_path):
     case = checkpoint(gpt2, tmp_path / "base")
     model = adapt(case, target_modules="all-linear")

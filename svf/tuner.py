@@ -162,11 +162,20 @@ class SVFModel(BaseTuner):
         """
         self.skipped, self._switched, self._checkpointing = {}, None, None
         self._owners = _parameter_owners(model)
+        before = set(self.layers())
+        try:
+            self._inject(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(adapter_name, before)
+            raise
+        self._bring_mixtures_along()
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.skipped:
             listed = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-            warnings.warn(f"SVF left alone: {listed}", stacklevel=3)
+            warnings.warn(f"SVF left alone: {listed}", stacklevel=4)
         adapted = [layer for layer in self.layers() if adapter_name in layer.experts]
         if not adapted and self.skipped:
             raise ValueError(f"no target of adapter {adapter_name!r} can be adapted; see the warning for the reasons")
@@ -174,7 +183,17 @@ class SVFModel(BaseTuner):
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         if all(not layer.parameter(name).is_meta for layer in adapted for name in layer.names()):
             self.decompose(adapter_name)
-        self._bring_mixtures_along()
+
+    def _take_out(self, adapter_name: str, before: set[SVFLayer]) -> None:
+        """What an adapter that was refused has left in the model: its z, and layers that were made for it."""
+        self._switched = self._checkpointing = None
+        for parent in list(self.model.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, SVFLayer) and layer not in before:
+                    setattr(parent, name, layer.base_layer)
+        for layer in before:
+            if adapter_name in layer.experts:
+                layer.delete_adapter(adapter_name)
 
     def _create_and_replace(
         self,

@@ -522,6 +522,28 @@ def test_refuses_another_base(tmp_path):
     PeftModel.from_pretrained(Case(llama).model, tmp_path, config=config)
 
 
+def test_a_refused_adapter_leaves_nothing(tmp_path):
+    """Neither z in layers that were there, nor layers of its own; and its name is free."""
+    case = Case(llama, target_modules=["q_proj", "up_proj"])
+    model = adapt(case, "a")
+    perturb(model, "a")
+    model.save_pretrained(tmp_path)
+    case = Case(llama, target_modules=["q_proj"])
+    with torch.no_grad():
+        case.model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    model = adapt(case, "b")
+    names, expected = set(model.state_dict()), case(model)
+    with pytest.raises(ValueError, match="expert 'a' was made for"):
+        model.load_adapter(tmp_path / "a", "a")
+    assert zs(model, "a") == {}
+    assert set(model.state_dict()) == names
+    assert list(model.peft_config) == ["b"]
+    assert model.active_adapters == ["b"]
+    assert torch.equal(case(model), expected)
+    model.add_adapter("a", SVFConfig(target_modules=["q_proj"]))
+    assert len(zs(model, "a")) == 2
+
+
 def test_z_stays_fp32_in_a_cast_model():
     case = Case(llama)
     model = adapt(case)

@@ -463,7 +463,8 @@ class SVFModel(BaseTuner):
             self._switched = list(self.layers())
         keys = {layer.key: None for layer in self._switched}
         if unknown := [key for key in layers or () if key not in keys]:
-            raise ValueError(f"there is no adapted layer {unknown[0]!r}; there are {', '.join(keys)}")
+            some = ", ".join([*list(keys)[:8], *(["..."] if len(keys) > 8 else [])])
+            raise ValueError(f"there is no adapted layer {unknown[0]!r}; there are {some}")
         if saved := [name for name in names if self.peft_config[name].modules_to_save]:
             raise ValueError(
                 f"{saved[0]!r} has modules of its own (modules_to_save), which cannot be mixed; delete it first"

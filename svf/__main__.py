@@ -30,25 +30,29 @@ def decompose(args: argparse.Namespace) -> None:
     print(f"basis {found} in {options.folder}")
 
 
-def with_expert(args: argparse.Namespace) -> PeftModel:
+TOKENIZER = ("token*", "*.model", "vocab*", "merges*", "special*", "chat_template*")
+
+
+def with_expert(args: argparse.Namespace) -> tuple[PeftModel, Path]:
+    """The expert on its base, and the folder of the base."""
     expert = Path(args.expert)
     base = args.base or experts.Expert.load(expert).config.base_model_name_or_path
     if not base:
         raise ValueError(f"{expert} does not say its base; give it with --base")
-    return PeftModel.from_pretrained(experts.load_base(experts.base_folder(base)), expert)
+    folder = experts.base_folder(base)
+    return PeftModel.from_pretrained(experts.load_base(folder), expert), folder
 
 
 def merge(args: argparse.Namespace) -> None:
-    model = with_expert(args)
+    model, base = with_expert(args)
     model.merge_and_unload().save_pretrained(args.out)
-    base = Path(args.base or model.peft_config["default"].base_model_name_or_path)
-    for path in [p for pattern in ("token*", "*.model", "vocab*", "merges*", "special*") for p in base.glob(pattern)]:
+    for path in [path for pattern in TOKENIZER for path in base.glob(pattern) if path.is_file()]:
         shutil.copy(path, args.out)
     print(f"merged checkpoint in {args.out}")
 
 
 def export(args: argparse.Namespace) -> None:
-    kept = experts.export_lora(with_expert(args), args.out, args.rank)
+    kept = experts.export_lora(with_expert(args)[0], args.out, args.rank)
     width = max(map(len, kept))
     for name, share in kept.items():
         print(f"{name:{width}}  {share:7.2%}")

@@ -86,6 +86,8 @@ class Matrix:
     """The weight as it is stored; its bytes are the identity."""
     as_matrix: Callable[[Tensor], Tensor] = field(default=lambda weight: weight)
     """The stored weight as (..., n_out, n_in)."""
+    transposed: bool = False
+    """Whether it is stored as (n_in, n_out): of the same bytes, another basis where it is square."""
 
     @property
     def directions(self) -> int:
@@ -159,8 +161,8 @@ def basis_hash(digest_by_name: Mapping[str, str]) -> str:
 # Cache
 
 
-def _file(folder: Path, weight_digest: str) -> Path:
-    return folder / f"{SOLVER}-{weight_digest}.safetensors"
+def _file(folder: Path, weight_digest: str, matrix: Matrix) -> Path:
+    return folder / f"{SOLVER}-{weight_digest}{'-T' if matrix.transposed else ''}.safetensors"
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,13 +216,13 @@ def fill(matrices: list[Matrix], options: DecompositionOptions, known: list[str]
     rank, ranks = _ranks()
     cached = [pair for pair in zip(matrices, known, strict=True) if pair[0].directions >= CACHE_FROM]
     share = sorted(cached, key=lambda pair: -pair[0].cost)[rank::ranks]
-    missing = [(matrix, key) for matrix, key in share if not _file(folder, key).exists()]
+    missing = [(matrix, key) for matrix, key in share if not _file(folder, key, matrix).exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
     with _progress([matrix for matrix, _ in missing], options.progress and rank == 0) as advance:
         for matrix, key in missing:
-            _solve_into(_file(folder, key), matrix, options)
+            _solve_into(_file(folder, key, matrix), matrix, options)
             advance(matrix)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -253,8 +255,8 @@ def bases(
     with _progress(alone, options.progress) as advance:
         for matrix, key, kept in zip(matrices, known, top_k, strict=True):
             if folder is not None and matrix.directions >= CACHE_FROM:
-                _solve_into(_file(folder, key), matrix, options)  # a rank without a shared disk
-                yield _read(_file(folder, key), kept)
+                _solve_into(_file(folder, key, matrix), matrix, options)  # a rank without a shared disk
+                yield _read(_file(folder, key, matrix), kept)
                 continue
             weight = matrix.load()
             vectors, values = solve(matrix.as_matrix(weight), options.solver, options.device)

@@ -157,7 +157,11 @@ def interpolate(a: Expert, b: Expert, t: float) -> Expert:
 
 
 def from_model(model: PeftModel | SVFModel, adapter_name: str = "default") -> Expert:
-    """The expert of a loaded adapter, in effective multipliers: residual, whatever it was before."""
+    """The expert of a loaded adapter, in effective multipliers: residual, whatever it was before.
+
+    Raises:
+        ValueError: for an unknown adapter, or one that saved whole modules with it.
+    """
     layers = _layers(model, adapter_name)
     z = {
         f"{layer.key}.{name}": layer.shift_of(adapter_name, name)[..., :kept].detach().cpu().clone()
@@ -169,6 +173,7 @@ def from_model(model: PeftModel | SVFModel, adapter_name: str = "default") -> Ex
 
 def _effective(config: SVFConfig, layers: Sequence[SVFLayer], **changes: Any) -> SVFConfig:
     """The same for z that are e - 1 of these layers."""
+    _check_z_is_all(config)
     return replace(
         config,
         parametrization="residual",
@@ -182,6 +187,15 @@ def _effective(config: SVFConfig, layers: Sequence[SVFLayer], **changes: Any) ->
         layers_pattern=None,
         **changes,
     )
+
+
+def _check_z_is_all(config: SVFConfig) -> None:
+    """Raises ValueError where an adapter is more than its z."""
+    if config.modules_to_save:
+        raise ValueError(
+            f"the adapter also saves {', '.join(config.modules_to_save)} in full (modules_to_save), which only "
+            "save_pretrained keeps"
+        )
 
 
 def _weight_for(weight: Weight, name: str) -> float:
@@ -553,12 +567,14 @@ def export_lora(
         The share of the change's energy (squared Frobenius norm) that is kept, by module.
 
     Raises:
-        ValueError: where 3-D parameters or grouped convolutions are adapted, which a LoRA has no form for.
+        ValueError: where 3-D parameters or grouped convolutions are adapted, which a LoRA has no form for, or whole
+            modules were saved.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
     tensors, kept = {}, {}
     layers = _layers(model, adapter_name)
+    _check_z_is_all(model.peft_config[adapter_name])
     transposed = {layer.fan_in_fan_out for layer in layers if isinstance(layer, SVFLinear)}
     for layer in layers:
         base = layer.get_base_layer()
@@ -611,12 +627,21 @@ def _low_rank(layer: SVFLayer, adapter_name: str, rank: int) -> tuple[Tensor, Te
 
 
 def base_folder(model: str | Path, weights: bool = True) -> Path:
-    """Folder of a checkpoint; one of the Hub is fetched first, without its weights where they are not needed."""
+    """Folder of a checkpoint; one of the Hub is fetched first, without its weights where they are not needed.
+
+    Raises:
+        ValueError: for a file, such as the checkpoint of a CTM.
+    """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file() or Path(model).suffix in (".safetensors", ".ckpt", ".pt"):
+        raise ValueError(
+            f"{model} names a file, not a folder or a model of the Hub; merge an expert of a CTM in Python with "
+            f'PeftModel.from_pretrained(ctm.load("{model}"), EXPERT).merge_and_unload()'
+        )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 

@@ -57,6 +57,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("svf_z",)
     other_param_names: tuple[str, ...] = ()
+    fan_in_fan_out = False  # whether weights are stored as (n_in, n_out)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, key: str, mixing: Mixing):
         super().__init__()
@@ -133,6 +134,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             self.matrix_shape(name),
             lambda: self.parameter(name),
             functools.partial(self.as_matrix, name),
+            transposed=self.fan_in_fan_out,
         )
 
     def wanted(self, name: str) -> int:

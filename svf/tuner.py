@@ -35,14 +35,15 @@ from svf.mix import Mix, Mixing, Replay
 
 
 @functools.cache
-def _reads_weight(kind: type, child: str) -> bool:
+def _reads_weight(kind: type, child: str, weight: str = "weight") -> bool:
     """Whether the code of a class reads the weight of its child `child` itself, so that wrapping it does nothing.
 
     `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` with `linear1`, fused state-space
     layers with their projections. Looking at a weight's dtype or device is not reading it.
     """
     harmless = ("__init__", "_init_weights", "reset_parameters", "_reset_parameters", "extra_repr", "__setstate__")
-    read = re.compile(rf"(?<!isinstance\()self\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape|size|ndim|is_))")
+    path = rf"{re.escape(child)}\.{re.escape(weight)}"
+    read = re.compile(rf"(?<!isinstance\()self\.{path}\b(?!\.(dtype|device|shape|size|ndim|is_))")
     for base in kind.__mro__:
         if base in (nn.Module, object) or base.__name__ in ("PreTrainedModel", "Sequential", "ModuleList"):
             continue
@@ -79,7 +80,20 @@ def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[in
         return f"{type(parent).__name__} reads its weight itself"
     if isinstance(target, nn.Linear) and not _is_linear(target):
         return f"{type(target).__name__} is more than a linear layer"
-    sharing = owners.get(id(getattr(target, "weight", None)), [])
+    return _tied(getattr(target, "weight", None), owners)
+
+
+def _why_not_parameter(target: nn.Module, name: str, parent: nn.Module, weight: str, owners) -> str | None:
+    """Why a matched parameter (`weight` of `target`, which is `name` of `parent`) must be left alone, or None."""
+    if isinstance(target, BaseTunerLayer):
+        return f"adapted already by {type(target).__module__.split('.')[-2]}"
+    if _reads_weight(type(parent), name, weight):
+        return f"{type(parent).__name__} reads its weight itself"
+    return _tied(getattr(target, weight), owners)
+
+
+def _tied(parameter: Any, owners: Mapping[int, list[str]]) -> str | None:
+    sharing = owners.get(id(parameter), [])
     return f"tied: its weight is {' and '.join(sharing)}" if len(sharing) > 1 else None
 
 
@@ -106,7 +120,7 @@ class SVFModel(BaseTuner):
         self.skipped: dict[str, str] = {}
         """Matched modules that were left alone, and why."""
         self._owners: dict[int, list[str]] = {}
-        self._switched: list[SVFLayer] | None = None  # what `set_adapter` goes over; found when first needed
+        self._switched: list[SVFLayer] | None = None  # all layers; found when first needed
         self._checkpointing: list[nn.Module] | None = None  # what may recompute its forward; likewise
         super().__init__(model, config, adapter_name, **kwargs)
         self._hook = self.model.register_forward_pre_hook(self.mixing.see, with_kwargs=True)
@@ -148,11 +162,20 @@ class SVFModel(BaseTuner):
         """
         self.skipped, self._switched, self._checkpointing = {}, None, None
         self._owners = _parameter_owners(model)
+        before = set(self.layers())
+        try:
+            self._inject(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(adapter_name, before)
+            raise
+        self._bring_mixtures_along()
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.skipped:
             listed = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-            warnings.warn(f"SVF left alone: {listed}", stacklevel=3)
+            warnings.warn(f"SVF left alone: {listed}", stacklevel=4)
         adapted = [layer for layer in self.layers() if adapter_name in layer.experts]
         if not adapted and self.skipped:
             raise ValueError(f"no target of adapter {adapter_name!r} can be adapted; see the warning for the reasons")
@@ -160,7 +183,17 @@ class SVFModel(BaseTuner):
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         if all(not layer.parameter(name).is_meta for layer in adapted for name in layer.names()):
             self.decompose(adapter_name)
-        self._bring_mixtures_along()
+
+    def _take_out(self, adapter_name: str, before: set[SVFLayer]) -> None:
+        """What an adapter that was refused has left in the model: its z, and layers that were made for it."""
+        self._switched = self._checkpointing = None
+        for parent in list(self.model.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, SVFLayer) and layer not in before:
+                    setattr(parent, name, layer.base_layer)
+        for layer in before:
+            if adapter_name in layer.experts:
+                layer.delete_adapter(adapter_name)
 
     def _create_and_replace(
         self,
@@ -200,6 +233,14 @@ class SVFModel(BaseTuner):
 
     def _wrap_parameter(self, config, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         layer = next((part for part in (target, parent) if isinstance(part, ParamWrapper)), None)
+        if layer is None or parameter_name not in layer.names():
+            module, name, owner = target, target_name, parent
+            if layer is not None:
+                module, (path, _, name) = layer.get_base_layer(), layer.key.rpartition(".")
+                owner = self.model.get_submodule(path)
+            if why := _why_not_parameter(module, name, owner, parameter_name, self._owners):
+                self.skipped[key] = why
+                return
         if layer is None:
             layer = ParamWrapper(target, adapter_name, key.removesuffix(f".{parameter_name}"), self.mixing)
             layer.add_parameter(adapter_name, config, parameter_name)
@@ -272,8 +313,19 @@ class SVFModel(BaseTuner):
 
     # Experts
 
+    def _check_names(self, names: str | Sequence[str], also: Sequence[str] = ()) -> None:
+        """Raises ValueError for an adapter that is not there."""
+        there = [*also, *self.peft_config]
+        if unknown := [name for name in ([names] if isinstance(names, str) else names) if name not in there]:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(there)}")
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
+        """Makes adapters the active ones, and trainable unless `inference_mode`; all others are frozen.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._check_names(adapter_name)
         if any(config.modules_to_save for config in self.peft_config.values()):
             super().set_adapter(adapter_name, inference_mode)
             return
@@ -309,8 +361,7 @@ class SVFModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already; delete it or choose another name")
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(self.peft_config)}")
+        self._check_names(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
         configs = [self.peft_config[name] for name in adapters]
@@ -360,6 +411,14 @@ class SVFModel(BaseTuner):
                 mean += weight * F.pad(sigmoid, (0, values.shape[-1] - sigmoid.shape[-1]))
         return spectral.shift(mean - 1, values, "residual", config.normalize, 1.0)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self._check_names(adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_names(adapter_names or [])
+        super().merge_adapter(adapter_names, safe_merge)
+
     def delete_adapter(self, adapter_name: str) -> None:
         if self.mixing.wanted is not None:
             raise ValueError("adapters cannot be deleted inside a mixture; leave its block first")
@@ -384,13 +443,12 @@ class SVFModel(BaseTuner):
                 by layer: (layers, experts) for all rows, or (rows, layers, experts).
 
         Raises:
-            ValueError: for an unknown name, or a number of experts, rows or tokens that is not the model's; where an
-                adapter saved whole modules.
+            ValueError: for an unknown name or layer, or a number of experts, rows or tokens that is not the model's;
+                where an adapter saved whole modules.
         """
         names = tuple(self.peft_config)
         if isinstance(weights, Mapping):
-            if unknown := [name for name in weights if name not in names]:
-                raise ValueError(f"there is no adapter {unknown[0]!r}; there are {', '.join(names)}")
+            self._check_names(list(weights))
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in names])
         elif not isinstance(weights, Tensor):
             weights = torch.tensor(weights, dtype=torch.float32)
@@ -401,6 +459,12 @@ class SVFModel(BaseTuner):
                 f"weights of shape {tuple(weights.shape)} do not fit {len(names)} experts ({', '.join(names)}): give "
                 f"{shapes}"
             )
+        if self._switched is None:
+            self._switched = list(self.layers())
+        keys = {layer.key: None for layer in self._switched}
+        if unknown := [key for key in layers or () if key not in keys]:
+            some = ", ".join([*list(keys)[:8], *(["..."] if len(keys) > 8 else [])])
+            raise ValueError(f"there is no adapted layer {unknown[0]!r}; there are {some}")
         if saved := [name for name in names if self.peft_config[name].modules_to_save]:
             raise ValueError(
                 f"{saved[0]!r} has modules of its own (modules_to_save), which cannot be mixed; delete it first"
@@ -414,7 +478,10 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Inside the model's `generate`, rows may have been repeated (beams, several sequences from one prompt)."""
+        """Inside the model's `generate`, rows may have been repeated (beams, several sequences from one prompt).
+
+        What the prompts themselves have of rows is compared before: later the two cannot be told apart.
+        """
         generate = getattr(self.model, "generate", None)
         if generate is None:
             yield
@@ -422,6 +489,10 @@ class SVFModel(BaseTuner):
 
         @functools.wraps(generate)
         def repeated(*args: Any, **kwargs: Any) -> Any:
+            named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+            prompts = next((value for value in (*args[:1], *named) if isinstance(value, Tensor) and value.ndim), None)
+            if prompts is not None and self.mixing.wanted is not None:
+                self.mixing.wanted.for_batch(len(prompts), None, repeated=False)
             self.mixing.repeated = True
             try:
                 return generate(*args, **kwargs)
@@ -442,8 +513,7 @@ class SVFModel(BaseTuner):
             yield
             return
         names = list(self.peft_config)
-        if unknown := [name for name in chosen if name not in names and name != "__base__"]:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; there are __base__, {', '.join(names)}")
+        self._check_names(chosen, also=["__base__"])
         weights = torch.tensor([[float(name == row) for name in names] for row in chosen])
         with self.mix(weights):
             yield
@@ -460,8 +530,9 @@ class SVFModel(BaseTuner):
 
     # Unloading
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, adapter_names: list[str] | None = None, **kwargs) -> nn.Module:
+        self._check_names(adapter_names or [])
+        unloaded = super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
         self._hook.remove()
         for module in self.model.modules():
             checkpoint = vars(module).get("_gradient_checkpointing_func")

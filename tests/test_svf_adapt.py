@@ -175,7 +175,8 @@ def test_mixtures_by_layer_and_the_experts_made_of_them(tmp_path, library):
     library.remove("found")
     with pytest.raises(ValueError, match=r"give \(layers, experts\) or"), library.model.mix(one, layers={}):
         pass
-    with pytest.raises(ValueError, match="no weights for model"), library.model.mix(rows, layers={"lm_head": 0}):
+    part = {"model.layers.1.mlp.up_proj": 0}
+    with pytest.raises(ValueError, match="no weights for model"), library.model.mix(rows, layers=part):
         library.base(ids)
 
 

@@ -1,5 +1,6 @@
 """Bases: exact, in other machines' last bits, cached, killed and resumed, shared among ranks, from checkpoints."""
 
+import copy
 import functools
 import os
 import signal
@@ -15,6 +16,7 @@ from conftest import relative
 from peft import PeftModel, get_peft_model
 from svf_models import Case, llama, qwen
 from test_svf_tuner import perturb
+from transformers.pytorch_utils import Conv1D
 
 from svf import SVFConfig, decompose
 from svf.decompose import DecompositionOptions, Matrix, solve
@@ -105,6 +107,23 @@ def test_cached_once(tmp_path, monkeypatch):
         w = w if decompose.side_of(m.shape) == "in" else w.T
         assert relative((w @ basis.vectors.double()).norm(dim=0), basis.values) < 1e-6
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_a_transposed_weight_has_a_basis_of_its_own(tmp_path, monkeypatch):
+    """A square Conv1D is (n_in, n_out) as a module, (n_out, n_in) as a parameter: the same bytes, other directions."""
+    monkeypatch.setattr(decompose, "CACHE_FROM", 8)
+    torch.manual_seed(0)
+    w = torch.randn(24, 24)
+    model = torch.nn.Sequential(Conv1D(24, 24))
+    with torch.no_grad():
+        model[0].weight.copy_(w)
+    for targets, as_matrix in (({"target_modules": ["0"]}, w.T), ({"target_parameters": ["0.weight"]}, w)):
+        config = SVFConfig(decomposition={"cache": str(tmp_path)}, **targets)
+        layer = next(get_peft_model(copy.deepcopy(model), config).base_model.layers())
+        product = as_matrix.double() @ layer.basis("weight").double()
+        assert relative(product.norm(dim=0), layer.values("weight")) < 1e-5
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{decompose.SOLVER}-{decompose.digest(w)}{end}.safetensors" for end in ("-T", "")]
 
 
 def test_one_matrix_in_memory_at_a_time(tmp_path):

@@ -1,8 +1,10 @@
 """Expert files, their algebra, export to LoRA, published files, and the command line."""
 
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import relative
@@ -43,7 +45,7 @@ def test_a_file_is_an_expert(case, tmp_path):
     for name, z in expert.z.items():
         module, _, parameter = name.rpartition(".")
         shape = next(parameters[n].shape for n in (name, f"{module}.base_layer.{parameter}") if n in parameters)
-        assert z.shape[-1] == min(shape[0], shape[1:].numel()) if len(shape) != 3 else min(shape[1:])
+        assert z.shape[-1] == (min(shape[0], shape[1:].numel()) if len(shape) != 3 else min(shape[1:]))
     expert.save(tmp_path / "again")
     model.load_adapter(tmp_path / "again", "again")
     model.set_adapter("a")
@@ -159,6 +161,15 @@ def test_export_refusals(tmp_path):
         experts.export_lora(model, tmp_path, 4)
 
 
+def test_whole_modules_are_not_dropped_silently(tmp_path):
+    model = get_peft_model(Case(llama).model, SVFConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"also saves lm_head in full \(modules_to_save\)"):
+        experts.export_lora(model, tmp_path / "lora", 4)
+    with pytest.raises(ValueError, match=r"also saves lm_head in full \(modules_to_save\)"):
+        experts.from_model(model)
+    assert not (tmp_path / "lora").exists()
+
+
 def checkpoint(make, folder):
     case = Case(make)
     case.model.save_pretrained(folder)
@@ -185,6 +196,26 @@ def test_commands(tmp_path, capsys):
 
     svf("decompose", base, "--targets", "gate_proj", "up_proj", "down_proj", "--cache", tmp_path / "cache")
     assert model.peft_config["default"].basis_hash in capsys.readouterr().out
+
+
+def test_a_merged_checkpoint_has_the_tokenizer_of_a_base_of_the_hub(tmp_path, monkeypatch):
+    base, files = tmp_path / "base", ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt")
+    case = checkpoint(llama, base)
+    for file in files:
+        (base / file).write_text(f"{{}} {file}")
+    model = adapt(case)
+    model.save_pretrained(tmp_path / "expert")
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = [file for file in files if any(fnmatch(file, pattern) for pattern in allow_patterns)]
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    svf("merge", tmp_path / "expert", tmp_path / "merged", "--base", "someone/base")
+    assert asked == {"someone/base": list(files)}
+    assert {file: (tmp_path / "merged" / file).read_text() for file in files} == {f: f"{{}} {f}" for f in files}
 
 
 def test_published_files(tmp_path, capsys):
@@ -236,6 +267,32 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path} is no expert: it has no adapter_config.json\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_is_no_base(there, tmp_path, monkeypatch, capsys):
+    """The checkpoint of a CTM; also where the expert says it, and it is elsewhere."""
+    case = CASES["ctm"]()
+    model = adapt(case)
+    model.save_pretrained(tmp_path / "expert")
+    if there:
+        (tmp_path / "maze.safetensors").touch()
+    words = [
+        "svf",
+        "merge",
+        str(tmp_path / "expert"),
+        str(tmp_path / "out"),
+        "--base",
+        str(tmp_path / "maze.safetensors"),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'maze.safetensors'} names a file, not a folder")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_gpt2_merges_to_a_plain_checkpoint(tmp_path):

@@ -169,6 +169,20 @@ def test_refusals():
         case(model)
 
 
+def test_generate_refuses_other_numbers_of_rows():
+    """Two prompts for each weight are not beams."""
+    case = CASES["llama"]()
+    model = experts(case)
+    ids, settings = case.inputs[0].repeat(2, 1), {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="weights for 3 rows, the batch has 6"):
+        model.generate(input_ids=ids, adapter_names=["a", "b", "c"], **settings)
+    for prompts in ({"inputs": ids[:3]}, {"input_ids": ids[:3]}):
+        with model.mix(torch.ones(1, 3)), pytest.raises(ValueError, match="weights for 1 rows, the batch has 3"):
+            model.generate(**prompts, **settings)
+    beams = model.generate(input_ids=ids[:3], adapter_names=["a", "b", "c"], num_beams=2, **settings)
+    assert beams.shape == (3, 11)
+
+
 def test_many_experts_train_at_once():
     """Rows of one batch belong to different experts: their gradients are those of separate batches."""
     case = CASES["llama"]()

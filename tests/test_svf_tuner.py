@@ -259,6 +259,26 @@ def test_weighted_adapter_refusals():
         model.add_weighted_adapter(["default"], [1], "default")
 
 
+def test_unknown_names_are_refused():
+    case = Case(llama, target_modules=["q_proj"])
+    model = adapt(case, "a")
+    model.add_adapter("b", SVFConfig(**case.targets))
+    for ask in (
+        lambda: model.base_model.set_adapter("typo"),
+        lambda: model.base_model.set_adapter(["a", "typo"]),
+        lambda: model.merge_adapter(["typo"]),
+        lambda: model.set_requires_grad(["typo"]),
+        lambda: model.merge_and_unload(adapter_names=["typo"]),
+    ):
+        with pytest.raises(ValueError, match=r"^there is no adapter 'typo'; there are a, b$"):
+            ask()
+    assert len(zs(model, "b")) == 2
+    places = {f"model.layers.{i}.self_attn.q_proj": i for i in range(2)}
+    message = r"no adapted layer 'typo'; there are model\.layers\.0\.self_attn\.q_proj, "
+    with pytest.raises(ValueError, match=message), model.mix(torch.zeros(3, 2), layers=places | {"typo": 2}):
+        pass
+
+
 def test_only_z_learns(case):
     model = adapt(case).train()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -448,6 +468,21 @@ def test_what_is_left_alone_is_said():
         get_peft_model(Reader(), SVFConfig(target_modules=["read"]))
 
 
+def test_parameters_that_are_left_alone_are_said():
+    """As modules are: a wrapper around a weight that another module reads would do nothing."""
+    names = ["fine.weight", "read.weight", "attention.out_proj.weight", "head.weight"]
+    model = Reader()
+    with pytest.warns(UserWarning, match="SVF left alone") as told:
+        model = get_peft_model(model, SVFConfig(target_parameters=names))
+    text = str(next(w.message for w in told if "left alone" in str(w.message)))
+    assert "read.weight (Reader reads its weight itself)" in text
+    assert "attention.out_proj.weight (MultiheadAttention reads its weight itself)" in text
+    assert "head.weight (tied: its weight is" in text
+    assert [layer.key for layer in model.modules() if isinstance(layer, SVFLayer)] == ["fine"]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no target of adapter"):
+        get_peft_model(llama(tie_word_embeddings=True), SVFConfig(target_parameters=["lm_head.weight"]))
+
+
 def test_composes_with_lora(tmp_path):
     """SVF over a LoRA-merged base, and LoRA over an SVF-merged one; a live LoRA layer is left alone."""
     case = Case(llama)
@@ -485,6 +520,28 @@ def test_refuses_another_base(tmp_path):
     config = SVFConfig.from_pretrained(tmp_path)
     config.check_basis = False
     PeftModel.from_pretrained(Case(llama).model, tmp_path, config=config)
+
+
+def test_a_refused_adapter_leaves_nothing(tmp_path):
+    """Neither z in layers that were there, nor layers of its own; and its name is free."""
+    case = Case(llama, target_modules=["q_proj", "up_proj"])
+    model = adapt(case, "a")
+    perturb(model, "a")
+    model.save_pretrained(tmp_path)
+    case = Case(llama, target_modules=["q_proj"])
+    with torch.no_grad():
+        case.model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    model = adapt(case, "b")
+    names, expected = set(model.state_dict()), case(model)
+    with pytest.raises(ValueError, match="expert 'a' was made for"):
+        model.load_adapter(tmp_path / "a", "a")
+    assert zs(model, "a") == {}
+    assert set(model.state_dict()) == names
+    assert list(model.peft_config) == ["b"]
+    assert model.active_adapters == ["b"]
+    assert torch.equal(case(model), expected)
+    model.add_adapter("a", SVFConfig(target_modules=["q_proj"]))
+    assert len(zs(model, "a")) == 2
 
 
 def test_z_stays_fp32_in_a_cast_model():

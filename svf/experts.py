@@ -314,16 +314,19 @@ class ExpertLibrary:
         if not isinstance(expert, Expert):
             expert = Expert.load(expert_folder(expert))
         config = replace(expert.config, init_std=0.0, inference_mode=True)
-        before = self.model
+        before = self.model  # an adapter that is refused while it is put in leaves nothing there
+        if self._adapted:
+            before.add_adapter(name, config)
+        else:
+            kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
+            self.model = kind(before, config, adapter_name=name)
         try:
-            if self._adapted:
-                self.model.add_adapter(name, config)
-            else:
-                kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
-                self.model = kind(self.model, config, adapter_name=name)
             self._fill(name, expert)
-        except Exception:
-            self._remove(name, before)
+        except ValueError:
+            if self.model is before:
+                before.delete_adapter(name)
+            else:
+                self.model = self.model.unload()
             raise
         self._changed()
 
@@ -363,20 +366,6 @@ class ExpertLibrary:
                     f"expert {name!r} has {tuple(expert.z[key].shape)} numbers for {key}, the base {tuple(z.shape)}"
                 )
             z.copy_(expert.z[key])
-
-    def _remove(self, name: str, before: nn.Module) -> None:
-        """What an expert that could not be added has left."""
-        if self._adapted and before is self.model:
-            for layer in self.model.base_model.layers():
-                if name in layer.experts:
-                    layer.delete_adapter(name)
-            self.model.peft_config.pop(name, None)
-            return
-        self.model = before
-        for parent in before.modules():
-            for child, module in list(parent.named_children()):
-                if isinstance(module, SVFLayer):
-                    setattr(parent, child, module.base_layer)
 
     # Mixtures
 

@@ -281,11 +281,7 @@ class Evaluation:
             for column in columns:
                 entry = entries.get(column)
                 over = entry and entry.get("over_base")
-                cells.append(
-                    ""
-                    if not entry
-                    else _shown(entry) + (f" ({over['mean']:+.1f} ± {over['half']:.1f})" if over else "")
-                )
+                cells.append("" if not entry else _shown(entry) + (f" ({_shown(over, '+')})" if over else ""))
             lines.append(f"| {strategy} | {' | '.join(cells)} |")
         s = self.settings
         lines.append(
@@ -318,5 +314,5 @@ def _interval(values: list[float]) -> tuple[float, float | None]:
     return round(middle, 4), None if half != half else round(half, 4)
 
 
-def _shown(entry: Mapping[str, Any]) -> str:
-    return f"{entry['mean']:.1f}" + (f" ± {entry['half']:.1f}" if entry["half"] is not None else "")
+def _shown(entry: Mapping[str, Any], sign: str = "") -> str:
+    return f"{entry['mean']:{sign}.1f}" + (f" ± {entry['half']:.1f}" if entry["half"] is not None else "")

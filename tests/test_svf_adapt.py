@@ -1032,6 +1032,11 @@ def test_the_summary_is_right(tmp_path):
     assert prompt["unseen"]["mean"] == 40 and prompt["unseen"]["n"] == 40
     assert prompt["unseen"]["over_base"]["mean"] == 5
     assert summary["routed_rightly"] == {"prompt": {"math": {"mean": 90, "half": 0}}}
+    one = Evaluation(
+        Settings("b", {"math": "m"}, {}, ["math"], ["base", "prompt"], [1], n=10), tmp_path / "1.json", None, "cpu"
+    )
+    one.cells = run.cells
+    assert "| prompt | 70.0 (+30.0) |" in one.table()  # one seed has no interval
     rows = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(30)]
     for split in ("train", "test"):
         (tmp_path / "gsm8k").mkdir(exist_ok=True)

@@ -254,15 +254,25 @@ class ShallowWide(MapEncoder):
 
 
 class Parity(MapEncoder):
-    """Sequences of -1 and 1 (B, L) -> L tokens: an embedding of each value, and its place."""
+    """Sequences of -1 and 1 (B, L) -> L tokens: an embedding of each value, and its place.
 
-    def __init__(self, d_input: int, position: SequencePosition = "rotational-1d"):
+    Args:
+        d_input: E.
+        position: embedding of the place.
+        place_gain: how many times larger than published the place's part starts. Neighbours differ by half a turn / L,
+            little beside the difference of two values.
+    """
+
+    def __init__(self, d_input: int, position: SequencePosition = "rotational-1d", place_gain: float = 1.0):
         super().__init__()
         if not d_input:
             raise ValueError("a sequence has no features without an embedding: give model.ff.d_input")
-        self.config = {"position": position}
+        self.config = {"position": position, "place_gain": place_gain}
         self.embedding = nn.Embedding(2, d_input)
         self.finish(d_input, d_input, POSITIONS[position](d_input))
+        if self.position is not None:
+            with torch.no_grad():
+                self.position.project.weight.mul_(place_gain)
 
     def features(self, values: Tensor) -> Tensor:
         return self.embedding((values == 1).long()).mT

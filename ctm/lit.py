@@ -126,7 +126,7 @@ class LitCTM(Adapting, LightningModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> dict:
-        return self.optim.configure(self.named_parameters())
+        return self.optim.configure(self)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if self.clip:

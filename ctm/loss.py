@@ -54,22 +54,39 @@ def route_loss(
     return two_tick_loss(loss_BTP.sum(-1) / mask_BP.sum(-1, keepdim=True), certainty_BT, most_certain)
 
 
-def beginning_loss(
-    predictions_BTC: Tensor, certainty_BT: Tensor, targets_BP: Tensor, lookahead: int, most_certain: bool = True
-) -> Tensor:
-    """Two-tick cross-entropy under a curriculum of beginnings, the same for the whole batch.
+def paced_loss(predictions_BTC: Tensor, targets_BP: Tensor, asked_BP: Tensor) -> Tensor:
+    """Cross-entropy over all ticks, of the asked positions that are due by then: one after the other, at an even pace.
 
-    The first positions count, up to `lookahead` beyond those that nine of ten samples have right where they answer. A
-    beginning of each sample's own at its best tick, as in `route_loss`, does not serve where there are two classes:
-    with T ticks to choose from, chance alone has log2(T) of them right, and guessing otherwise at every tick pays.
+    The two-tick loss leaves open when a position is to be known, and two ticks of T hear from it. Here every position
+    has its tick, the last one the last, and is asked for from then on: each is learned from the one before it, known
+    a tick or two earlier.
+
+    Args:
+        asked_BP: 1 where a position counts, of every sample; (P,) for the same in all.
     """
-    tick_B = certainty_BT.argmax(1) if most_certain else torch.full_like(certainty_BT[:, 0], -1, dtype=torch.long)
-    answers_BPK = rearrange(gather_tick(predictions_BTC, tick_B), "b (p k) -> b p k", p=targets_BP.shape[1])
-    known_P = (answers_BPK.argmax(-1) == targets_BP).float().mean(0) > 0.9
-    upto = known_P.int().cumprod(0).sum() + lookahead
-    mask_P = (torch.arange(len(known_P), device=targets_BP.device) < upto).float()
-    loss_BT = (cross_entropy(predictions_BTC, targets_BP) * mask_P).sum(-1) / mask_P.sum()
-    return two_tick_loss(loss_BT, certainty_BT, most_certain)
+    mask_BTP = asked_BP[..., None, :] * due(predictions_BTC.shape[1], targets_BP.shape[1]).to(asked_BP)
+    mask_BTP = mask_BTP.expand(len(targets_BP), -1, -1)
+    return (cross_entropy(predictions_BTC, targets_BP) * mask_BTP).sum() / mask_BTP.sum().clamp(min=1)
+
+
+def due(ticks: int, positions: int) -> Tensor:
+    """(T, P), true where a position is due at a tick: by tick t of T, the first t / T of them."""
+    return torch.arange(positions) * ticks < (torch.arange(ticks)[:, None] + 1) * positions
+
+
+@torch.no_grad()
+def beginning(predictions_BTC: Tensor, targets_BP: Tensor, lookahead: int) -> Tensor:
+    """(P,), 1 for the positions that nine of ten samples have right when they are due, and for `lookahead` more.
+
+    A curriculum for the whole batch. A beginning of each sample's own at its best tick, as in `route_loss`, does not
+    serve where there are two classes: with T ticks to choose from, chance alone has log2(T) of them right.
+    """
+    ticks, positions = predictions_BTC.shape[1], targets_BP.shape[1]
+    said_BTP = rearrange(predictions_BTC, "b t (p k) -> b t p k", p=positions).argmax(-1)
+    due_TP = due(ticks, positions).to(targets_BP.device)
+    right_P = ((said_BTP == targets_BP[:, None]) & due_TP).float().mean(0).sum(0) / due_TP.sum(0)
+    upto = (right_P > 0.9).int().cumprod(0).sum() + lookahead
+    return (torch.arange(positions, device=targets_BP.device) < upto).float()
 
 
 def ctc_loss(predictions_BTC: Tensor, targets_BN: Tensor) -> Tensor:

@@ -67,6 +67,9 @@ class CTMConfig:
     """LayerNorm before both layers of the neuron-level models."""
     dropout: float = 0.0
     """Dropout in attention and synapses."""
+    query_std: float = 0.0
+    """Above 0, the query's bias starts from a normal distribution of this standard deviation, so that the heads look at
+    different places from the first step on; 0 starts it near zero, as published."""
     nlm_dropout: float | None = None
     """Dropout in the neuron-level models; null for the same as `dropout`."""
     recompute: int = 0
@@ -191,6 +194,8 @@ class CTM(nn.Module):
         if c.heads:
             self.sync_action = DecayingSync(*pairs(c.n_synch_action, first=False))
             self.query = nn.Linear(len(self.sync_action.decay), c.d_input)
+            if c.query_std:
+                nn.init.normal_(self.query.bias, std=c.query_std)
             self.attention = CrossAttention(c.d_input, c.heads, c.dropout)
         else:
             self.attention = None

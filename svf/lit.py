@@ -368,7 +368,7 @@ class LitLM(Adapting, LightningModule):
         return time.perf_counter()
 
     def configure_optimizers(self) -> dict:
-        return self.optim.configure(self.named_parameters())
+        return self.optim.configure(self)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Every expert's gradient has a norm of its own, as if it were trained alone."""

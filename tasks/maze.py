@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctm.baselines import FeedForward
-from ctm.loss import gather_tick, route_loss
+from ctm.loss import curriculum_mask, gather_tick, paced_loss, route_loss
 from ctm.model import Thought
 from tasks.base import Shuffled, Task
 from tasks.mazegen import ALGORITHMS, DOWN, LEFT, MOVES, RIGHT, UP, WAIT, Maze, follow, layout_hash, make_maze
@@ -220,6 +220,7 @@ class MazeTask(Task):
         route_length: moves that are predicted; shorter routes are padded with "wait", longer ones cut.
         algorithm: how mazes grow: long corridors (depth_first, as published) or many dead ends (prim).
         lookahead: how many moves beyond the longest right prefix the curriculum of the loss looks.
+        pace: weight of `ctm.loss.paced_loss` beside the published loss: moves asked one after the other.
         augment: quarter turns and flips of training mazes, as published.
         expand_range: pixels in [-1, 1] instead of [0, 1].
         blue_walls: paints walls blue instead of black, which a model that has not seen it is lost in.
@@ -244,6 +245,7 @@ class MazeTask(Task):
         route_length: int = 100,
         algorithm: Literal["depth_first", "prim"] = "depth_first",
         lookahead: int = 5,
+        pace: float = 0.0,
         augment: bool = True,
         expand_range: bool = False,
         n_val: int = 1000,
@@ -263,6 +265,7 @@ class MazeTask(Task):
         self.at_least(route_length=(route_length, 1), lookahead=(lookahead, 1), n_val=(n_val, 1), n_test=(n_test, 1))
         self.at_least(reapply=(reapply, 0))
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
+        self.pace = pace
         self.augment, self.expand_range, self.blue_walls = augment, expand_range, blue_walls
         self.n_val, self.n_test = n_val, n_test
         self.root, self.reapply = Path(root).expanduser() if root else None, reapply
@@ -307,7 +310,11 @@ class MazeTask(Task):
 
     # ------------------------------------------------------------------------------------------------ loss and metrics
     def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
-        return route_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
+        loss = route_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
+        if self.pace:
+            asked_BP = curriculum_mask(thought.predictions, batch[1], self.lookahead)
+            loss = loss + self.pace * paced_loss(thought.predictions, batch[1], asked_BP)
+        return loss
 
     @torch.no_grad()
     def metrics(self, thought: Thought, batch: Batch, most_certain: bool = True) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
-"""The optimiser of every training here: AdamW with a linear warm-up and a cosine to almost zero, as published, and the
-published gradient clipping by a quantile."""
+"""The optimiser of every training here: AdamW with a linear warm-up and a cosine to almost zero, as published, or Muon
+for the matrices, and the published gradient clipping by a quantile."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 class Optim:
     """How a model is trained."""
 
+    muon: bool = False
+    """Muon for the matrices but embeddings, its steps scaled to the size of AdamW's (arXiv 2502.16982)."""
     lr: float = 1e-4
     """Highest learning rate."""
     warmup: int = 0
@@ -73,14 +76,74 @@ class Optim:
             groups.append({"params": [parameter for name, parameter in named if name in free], "weight_decay": 0.0})
         return [group for group in groups if group["params"]]
 
-    def configure(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
+    def configure(self, model: nn.Module) -> dict:
         """For `LightningModule.configure_optimizers`."""
-        betas = 0.9, self.beta2
-        optimizer = AdamW(self.groups(named), self.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
+        groups = self.groups(model.named_parameters())
+        adamw = partial(AdamW, lr=self.lr, betas=(0.9, self.beta2), eps=self.eps, weight_decay=self.weight_decay)
+        optimizer = MuonAdamW(matrices(model), groups, adamw) if self.muon else adamw(groups)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.factor), "interval": "step"},
         }
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that map one vector to another: two axes, called weight..., and not an embedding's."""
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name.rpartition(".")[2].startswith("weight") and p.requires_grad and id(p) not in tables
+    ]
+
+
+class MuonAdamW(Optimizer):
+    """PyTorch's Muon for some parameters and AdamW for the others, with one state and one list of groups.
+
+    Args:
+        matrices: what Muon trains.
+        groups: all parameters, grouped by weight decay.
+        adamw: makes an AdamW from groups; Muon takes its learning rate and weight decay.
+
+    Raises:
+        ValueError: where there is no matrix.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], groups: list[dict], adamw: Callable[[list[dict]], AdamW]):
+        if not matrices:
+            raise ValueError("model.optim.muon=true: nothing that trains here is a matrix; leave it out")
+        chosen = {id(p) for p in matrices}
+
+        def part(of_muon: bool) -> list[dict]:
+            parts = [g | {"params": [p for p in g["params"] if (id(p) in chosen) is of_muon]} for g in groups]
+            return [g for g in parts if g["params"]]
+
+        rest = part(False)
+        self.parts = [adamw(rest)] if rest else []
+        options = self.parts[0].defaults if rest else adamw(part(True)).defaults
+        self.parts.append(Muon(part(True), options["lr"], options["weight_decay"], adjust_lr_fn="match_rms_adamw"))
+        super().__init__([g for part in self.parts for g in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Gives the two parts the groups and the state of the whole, whose learning rates are what schedules set."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: Callable | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 class QuantileClip:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ctm.loss import beginning_loss
+from ctm.loss import beginning, paced_loss
 from ctm.model import Thought
 from tasks.base import Task
 from tasks.seen import Sample
@@ -50,8 +50,8 @@ class ParityTask(Task):
 
     Args:
         length: of a sequence, at least 8.
-        lookahead: how many places beyond those that are nearly always right the loss looks, a curriculum; null for all
-            places, as published.
+        lookahead: null for the published loss. A number asks for the places one after the other at an even pace
+            (`ctm.loss.paced_loss`), and of those not nearly always right only for the next so many.
         n_val: validation sequences.
         n_test: test sequences.
         batch_size: training sequences of a step, per process.
@@ -87,7 +87,8 @@ class ParityTask(Task):
     def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
         if self.lookahead is None:
             return super().loss(thought, batch, most_certain)
-        return beginning_loss(thought.predictions, thought.certainty, batch[1], self.lookahead, most_certain)
+        asked_P = beginning(thought.predictions, batch[1], self.lookahead)
+        return paced_loss(thought.predictions, batch[1], asked_P)
 
     def difficulty(self, batch: Batch) -> Tensor:
         """How often the parity flips."""

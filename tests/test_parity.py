@@ -13,6 +13,7 @@ from torch import nn
 from ctm import encoders
 from ctm.baselines import LSTM, LSTMConfig
 from ctm.early_exit import think_until
+from ctm.loss import beginning, due, paced_loss
 from ctm.model import CTM, CTMConfig, Thinker, Thought
 from tasks.metrics import ByDifficulty, Calibration, classification
 from tasks.optim import Optim, QuantileClip
@@ -22,7 +23,7 @@ TINY = (
     "task=parity", "data.length=8", "data.batch_size=8", "data.n_val=16", "data.n_test=16",
     "model.ctm.d_model=32", "model.ctm.d_input=16", "model.ctm.heads=2", "model.ctm.ticks=4",
     "model.ctm.n_synch_out=6", "model.ctm.n_synch_action=6", "model.optim.clip_quantile=0.5",
-    "model.optim.clip_history=4", "model.optim.no_decay=[bias]", "model.optim.weight_decay=0.1",
+    "model.optim.clip_history=4", "model.optim.no_decay=[bias]", "model.optim.weight_decay=0.1", "model.optim.muon=true",
     "trainer.val_check_interval=4", "trainer.log_every_n_steps=3", "checkpoint.every=3",
 )  # fmt: skip
 
@@ -105,6 +106,29 @@ def test_curriculum_by_hand():
     batch = torch.zeros(10, 8), torch.ones(10, 8, dtype=torch.long)
     loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(10, 1)), batch)
     assert float(loss) == pytest.approx(-float(probability[:, 0, :5].log().mean()), rel=1e-5)
+
+
+def test_pace_by_hand():
+    """Three places in four ticks: one is due at once, one from tick 2, the last from tick 3; unasked ones never."""
+    expected = [[True, False, False], [True, True, False], [True, True, True], [True, True, True]]
+    assert due(4, 3).tolist() == expected
+    assert [int(n) for n in due(75, 64).sum(1)[[0, 1, 36, 73, 74]]] == [1, 2, 32, 64, 64]
+    probability = torch.linspace(0.1, 0.9, 12).reshape(1, 4, 3)
+    targets = torch.ones(1, 3, dtype=torch.long)
+    for asked in (torch.ones(3), torch.tensor([1.0, 1.0, 0.0])):
+        counted = probability[0][due(4, 3) & (asked > 0)]
+        for asked_of_all in (asked, asked[None]):
+            loss = paced_loss(logits(probability), targets, asked_of_all)
+            assert float(loss) == pytest.approx(-float(counted.log().mean()), rel=1e-5)
+
+
+def test_only_what_is_due_tells_what_is_known():
+    """Wrong before it is due and right from then on is right."""
+    probability = torch.full((10, 2, 8), 0.1)
+    probability[:, due(2, 8)] = 0.9
+    assert beginning(logits(probability), torch.ones(10, 8, dtype=torch.long), 1).tolist() == [1] * 8
+    probability[:3, 1, 2] = 0.1  # right in 17 of 20: the third is not known yet
+    assert beginning(logits(probability), torch.ones(10, 8, dtype=torch.long), 1).tolist() == [1] * 3 + [0] * 5
 
 
 def test_decoders_by_hand():
@@ -222,11 +246,50 @@ def test_weight_decay_leaves_names_out():
     with_decay, without = Optim(weight_decay=0.1, no_decay=("bias", "1.")).groups(model.named_parameters())
     assert [p is q for p, q in zip(with_decay["params"], [model[0].weight], strict=True)] == [True]
     assert len(without["params"]) == 3 and without["weight_decay"] == 0
-    optimizer = Optim(weight_decay=0.1, no_decay=("bias", "1.")).configure(model.named_parameters())["optimizer"]
+    optimizer = Optim(weight_decay=0.1, no_decay=("bias", "1.")).configure(model)["optimizer"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert len(Optim().groups(model.named_parameters())) == 1
     with pytest.raises(ValueError, match="'nrom' is in no parameter's name"):
         Optim(no_decay=("nrom",)).groups(model.named_parameters())
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    """Step by step what PyTorch's two optimisers do apart, under one schedule, across saving and loading."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3), nn.LSTMCell(3, 2))
+
+    optim = Optim(muon=True, lr=0.01, warmup=0, steps=10, weight_decay=0.1, beta2=0.9, no_decay=("bias",))
+    one, two = net(), net()
+    made = optim.configure(one)
+    both, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    named = dict(two.named_parameters())
+    in_muon = ["1.weight", "3.weight_ih", "3.weight_hh"]
+    in_adamw = [name for name in named if name not in in_muon]
+    muon = torch.optim.Muon([named[n] for n in in_muon], 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": [named[n]], "weight_decay": 0.0 if "bias" in n else 0.1} for n in in_adamw], 0.01, betas=(0.9, 0.9)
+    )
+    for step in range(6):
+        if step == 3:  # into a new optimiser, as after a restart
+            made = optim.configure(one)
+            made["optimizer"].load_state_dict(copy.deepcopy(both.state_dict()))
+            made["lr_scheduler"]["scheduler"].load_state_dict(schedule.state_dict())
+            both, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        for group in muon.param_groups + adamw.param_groups:
+            group["lr"] = 0.01 * optim.factor(step)
+        torch.manual_seed(step)
+        for p, q in zip(one.parameters(), two.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (both, muon, adamw):
+            optimizer.step()
+        schedule.step()
+        for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+            assert torch.equal(p, q), (step, name)
+    with pytest.raises(ValueError, match="nothing that trains here is a matrix"):
+        Optim(muon=True).configure(nn.LayerNorm(3))
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -241,7 +304,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     assert_same_run(whole, half)
     clips = [checkpoint(run)["clip"] for run in (whole, half)]
     assert clips[0]["n"] == clips[1]["n"] == 12 and torch.equal(clips[0]["norms"], clips[1]["norms"])
-    assert len(checkpoint(whole)["optimizer_states"][0]["param_groups"]) == 2
+    assert len(checkpoint(whole)["optimizer_states"][0]["param_groups"]) == 3, "AdamW with decay and without, and Muon"
     assert {p.name for p in whole.iterdir()} >= {"difficulty.csv", "media"}
     assert (whole / "media/test/sample-parity.png").stat().st_size > 1000
     curves = (whole / "curves.csv").read_text()

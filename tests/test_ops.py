@@ -629,8 +629,11 @@ def test_kernels_are_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, h
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "batch, d, memory, ticks, kind, how",
-    [(3, 64, 7, 2, "dense", "tokens"), (1, 100, 1, 3, "gated", "by tick"), (2, 64, 3, 4, "random", "recompute")],
-)
+    [
+        (3, 64, 7, 2, "dense", "tokens"), (1, 100, 1, 3, "gated", "by tick"), (2, 64, 3, 4, "random", "recompute"),
+        (3, 64, 3, 2, "semi-dense", "by tick, recompute"),
+    ],
+)  # fmt: skip
 def test_a_cpu_is_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, how, dtype, poisoned, monkeypatch):
     size = batch, d, memory, ticks, kind, how
     assert_as_exact(*errors_against_fp64("auto", "cpu", dtype, 8, monkeypatch, *size))

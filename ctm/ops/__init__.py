@@ -25,6 +25,9 @@ from ctm.ops.weights import Unsupported, Weights, collect
 CHUNK = 25
 """Without gradients, so many ticks at a time: memory does not grow with the length of a thought."""
 
+OF_ATTENTION = ("wq", "bq", "wo", "bo")
+"""Names of the weights that only ticks with tokens use."""
+
 log = logging.getLogger(__name__)
 said: set[str] = set()
 
@@ -123,7 +126,8 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
     for i, kv in enumerate(tokens):
         given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
     given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
-    given |= weights.tensors
+    unused = () if tokens else OF_ATTENTION  # these ticks read vectors, others of the thought tokens
+    given |= {name: value for name, value in weights.tensors.items() if name not in unused}
     learns = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
     again = learns and bool(c.recompute)
     keep = learns and not again

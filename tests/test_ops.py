@@ -97,6 +97,18 @@ def test_recomputation_changes_nothing(recompute, monkeypatch):
     compare(think(monkeypatch, "auto", again, read), expected)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-7, 1e-5])
+def test_decays_near_zero(decay, monkeypatch):
+    """Where they begin: what passes from part to part of a thought, and its gradient."""
+    net, read = make(recompute=2), tokens()
+    with torch.no_grad():
+        net.sync_action.decay.fill_(decay)
+        net.sync_out.decay.fill_(decay)
+    fast, plain = (think(monkeypatch, path, net, read, ticks=30) for path in ("auto", "naive"))
+    compare(fast, plain)
+    assert relative(fast[1]["sync_action.decay"], plain[1]["sync_action.decay"]) < 1e-5
+
+
 @pytest.mark.parametrize("kind, recompute", [("dense", 0), ("dense", 2), ("gated", 0), ("semi-dense", 0)])
 def test_dropout_is_the_same_forward_and_backward(kind, recompute, monkeypatch):
     """The gradient is that of the function that was drawn: its directional derivative by differences says the same."""

@@ -225,7 +225,7 @@ class Curious(CTM):
     pass
 
 
-@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "half", "recording"])
+@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "nothing left", "half", "recording"])
 def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, monkeypatch, caplog):
     monkeypatch.setenv("CTM_OPS", "auto")
     monkeypatch.setattr(ops, "said", set())
@@ -239,6 +239,8 @@ def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, m
         net.__class__ = Curious
     elif change == "norm":
         net = make(nlm_layernorm=True)
+    elif change == "nothing left":
+        net = make(dropout=1.0).train()
     elif change == "recording":
         net.recordings.append(Recording())
     else:

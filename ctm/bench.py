@@ -38,10 +38,7 @@ TOLERANCE = {"bf16": 0.1, "fp32": 2e-2}
 
 def build(name: str, overrides: dict, batch: int) -> tuple[Thinker, Callable, tuple[Tensor, ...]]:
     """The model of a task file, its task's loss, and one batch of its data."""
-    path = CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        sys.exit(f"error: there is no configuration {name!r} in {CONFIGS}")
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
     def class_of(spec: dict) -> type:
         module, _, cls = spec["class_path"].rpartition(".")
@@ -344,6 +341,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="measure what recording costs a fast forward, too")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     words = parser.parse_args()
+    for name in words.config:
+        if not (CONFIGS / f"{name}.yaml").is_file():
+            parser.error(f"there is no configuration {name!r} in {CONFIGS}")
+    if words.json and not words.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {words.json.parent}")
     if words.device == "cuda":
         torch.set_float32_matmul_precision("high")
     rows, failed = [], False
@@ -373,8 +375,8 @@ def main() -> None:
                     row[f"{kind}_bandwidth_share"] = row["bytes"] / bandwidth / row[f"{kind}_step"]
                 rows.append(row)
                 print(show(row), flush=True)
-    if words.json:
-        words.json.write_text(json.dumps(rows, indent=1))
+                if words.json:  # at once, for a later size may not fit
+                    words.json.write_text(json.dumps(rows, indent=1))
     sys.exit(failed)
 
 

@@ -30,49 +30,13 @@ import torch
 from svf.__main__ import ROUTING, base_options, named, positive, routing_option
 from svf.__main__ import load as load_model
 from svf.adapt import Adaptive
+from svf.engine import Alone
 from svf.serve import AUTO, BASE, EXPERT, KEY, described
 from tasks import text
 
-TIE = 1e-4
 LONGEST = 48
 """Tokens of an answer."""
 DISTURBANCES = ("hung up", "hung up", "malformed", "unknown model", "oversized")
-
-
-class Alone:
-    """What a model answers to one prompt by itself, greedily, through its own `generate`."""
-
-    def __init__(self, model: Adaptive, prompt: str, weights: torch.Tensor, max_tokens: int):
-        library, generator = model.library, model.generator
-        ids = torch.tensor([generator.encode(prompt)], device=generator.device)
-        with library.mix(weights[None]), torch.no_grad():
-            found = library.base.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=generator.eos or None,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        self.tokens = found.sequences[0, ids.shape[1] :].tolist()
-        best = torch.cat(found.logits).topk(2).values
-        self.margins = (best[:, 0] - best[:, 1]).tolist()
-        self.text = generator.text(self.tokens)
-        self.finish = "stop" if self.tokens[-1] in generator.eos else "length"
-        self._starts = [
-            generator.text(self.tokens[:n]).rstrip("\N{REPLACEMENT CHARACTER}") for n in range(len(self.tokens))
-        ]
-
-    def compare(self, answer: str) -> str:
-        """An answer to the same prompt: "same", "tie" where it parts from this one at a near tie, else "wrong"."""
-        if answer == self.text:
-            return "same"
-        parts = sum(answer.startswith(start) for start in self._starts) - 1
-        # of a character of several tokens, four at most, only the last one shows: it can part at any of them
-        same = [n for n in range(max(0, parts - 3), parts + 1) if self._starts[n] == self._starts[parts]]
-        return "tie" if min(self.margins[n] for n in same) < TIE else "wrong"
 
 
 @dataclass

@@ -74,3 +74,18 @@ def test_shares_of_both_paths_are_printed_and_written(monkeypatch, capsys, tmp_p
         assert row[f"{kind}_bandwidth_share"] == pytest.approx(row["bytes"] / 1e9 / row[f"{kind}_step"])
         assert row[f"{kind}_compute_share"] == pytest.approx(row["flops"] / 1e10 / row[f"{kind}_step"])
         assert f"{row[f'{kind}_bandwidth_share']:.1%}" in printed and f"{row[f'{kind}_compute_share']:.1%}" in printed
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--config", "maze/papr"], "no configuration 'maze/papr'"),
+        (["--json", "nowhere/rows.json"], "no folder nowhere"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_measured(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and said in printed.err and not printed.out

@@ -5,14 +5,14 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ctm.model import Thought
 from tasks.maze import MazeTask, augment, distance, read_png, render, split_of, walk
 from tasks.mazegen import ALGORITHMS, WAIT, Maze, follow, layout_hash, make_maze
+
+hypothesis, st = (pytest.importorskip(module) for module in ("hypothesis", "hypothesis.strategies"))
 
 
 def small(**kwargs) -> MazeTask:
@@ -35,8 +35,8 @@ def shortest_path(maze: Maze) -> int:
     return steps
 
 
-@settings(deadline=None, max_examples=40)
-@given(
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
     size=st.integers(4, 20).map(lambda n: 2 * n + 1), seed=st.integers(0, 10**6), name=st.sampled_from(list(ALGORITHMS))
 )
 def test_a_maze_is_a_tree_with_its_one_route(size, seed, name):

@@ -15,54 +15,21 @@ import peft
 import pytest
 import torch
 from conftest import ROOT, relative
+from exactness import KINDS, errors_against_fp64, leaves, make, think, tokens
 from published import from_case
 from torch import nn
 
-from ctm import CTM, CTMConfig, compat, ops, record
+from ctm import CTM, compat, ops, record
 from ctm.encoders import ResNet
 from ctm.model import Thinker
 from ctm.record import Recording
 from svf import SVFConfig
 
-SMALL = {"d_model": 24, "d_input": 8, "ticks": 5, "heads": 2, "n_synch_out": 6, "n_synch_action": 4, "memory_length": 3}
-KINDS = {
-    "dense": {"synapse_depth": 3},
-    "semi-dense": {"pairing": "semi-dense", "synapse_depth": 1, "nlm_hidden": 0},
-    "random": {"pairing": "random", "n_self_pairs": 2, "synapse_depth": 2},
-    "gated": {"synapse_depth": 1, "nlm_hidden": 5},
-    "odd": {"synapse_depth": 4, "d_model": 37, "memory_length": 1, "ticks": 1},
-}
 
-
-def make(device: str = "cpu", seed: int = 0, **config) -> CTM:
-    """A model whose every part matters: nothing at its initial value."""
-    torch.manual_seed(seed)
-    net = CTM(CTMConfig(**SMALL | config), (5, 3))
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            p.uniform_(0.02, 1.5) if name.endswith("decay") else p.add_(0.1 * torch.randn_like(p))
-    return net.to(device)
-
-
-def tokens(n: int = 7, batch: int = 3, device: str = "cpu", width: int = 8, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, n, width, generator=generator).to(device).requires_grad_()
-
-
-def think(monkeypatch, path: str, net: CTM, reads, ticks=None, state=None):
-    """A thought, and the gradients of a loss on all that came out of it."""
-    monkeypatch.setenv("CTM_OPS", path)
-    thought = net(reads, ticks, state)
-    weight = torch.linspace(-1, 1, thought.predictions.numel(), device=thought.predictions.device)
-    loss = (thought.predictions * weight.view_as(thought.predictions)).sum()
-    end = thought.state
-    loss = loss + end.z_BD.sin().sum() + end.trace_BDM.cos().sum() + end.out.alpha_BR.sin().sum()
-    if end.action is not None:
-        loss = loss + end.action.alpha_BR.sin().sum()
-    inputs = {id(read): read for read in (reads if isinstance(reads, list) else [reads])}
-    named = dict(net.named_parameters()) | {f"read{i}": read for i, read in enumerate(inputs.values())}
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return thought, {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    torch.set_float32_matmul_precision("highest")
+    return request.param
 
 
 def compare(fast, plain, tolerance: float = 1e-5) -> None:
@@ -75,12 +42,6 @@ def compare(fast, plain, tolerance: float = 1e-5) -> None:
     floor = 1e-3 * float(sum(g.norm() ** 2 for g in expected.values()) ** 0.5)
     errors = {name: relative(grads[name], value, floor) for name, value in expected.items()}
     assert max(errors.values()) < tolerance, max(errors, key=errors.get)
-
-
-def leaves(state):
-    return [
-        leaf for part in state for leaf in (leaves(part) if isinstance(part, tuple) else [part]) if leaf is not None
-    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,9 +67,11 @@ def test_a_read_for_each_tick_and_a_state_to_go_on_from(kind, monkeypatch):
     compare(*(think(monkeypatch, path, net, reads, state=state) for path in ("auto", "naive")))
 
 
-def test_ready_vectors_alone(monkeypatch):
-    net, vector = make(heads=0, n_synch_action=0), torch.randn(3, 8, requires_grad=True)
-    compare(think(monkeypatch, "auto", net, vector), think(monkeypatch, "naive", net, vector))
+def test_ready_vectors_alone(device, monkeypatch):
+    net = make(device, heads=0, n_synch_action=0)
+    for _ in range(3):  # on a GPU by launches, while it is recorded, replayed
+        vector = torch.randn(3, 8, device=device, requires_grad=True)
+        compare(think(monkeypatch, "auto", net, vector), think(monkeypatch, "naive", net, vector), 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "gated"])
@@ -132,6 +95,18 @@ def test_recomputation_changes_nothing(recompute, monkeypatch):
     expected = think(monkeypatch, "auto", net, read)
     again = make(recompute=recompute)
     compare(think(monkeypatch, "auto", again, read), expected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-7, 1e-5])
+def test_decays_near_zero(decay, monkeypatch):
+    """Where they begin: what passes from part to part of a thought, and its gradient."""
+    net, read = make(recompute=2), tokens()
+    with torch.no_grad():
+        net.sync_action.decay.fill_(decay)
+        net.sync_out.decay.fill_(decay)
+    fast, plain = (think(monkeypatch, path, net, read, ticks=30) for path in ("auto", "naive"))
+    compare(fast, plain)
+    assert relative(fast[1]["sync_action.decay"], plain[1]["sync_action.decay"]) < 1e-5
 
 
 @pytest.mark.parametrize("kind, recompute", [("dense", 0), ("dense", 2), ("gated", 0), ("semi-dense", 0)])
@@ -184,37 +159,43 @@ def test_long_thoughts_without_gradient(monkeypatch):
     assert max(runner.spec.ticks for group in ops.runners.values() for runner in group if not runner.spec.keep) <= 25
 
 
-def test_what_is_recorded(monkeypatch):
-    net, read = make(), tokens().detach()
-    seen = {}
-    for path in ("auto", "naive"):
-        monkeypatch.setenv("CTM_OPS", path)
-        with torch.no_grad(), record(net) as seen[path]:
-            net(read, 30)
-    for name in ("attention", "pre_activations", "post_activations", "sync_action", "sync_out"):
-        fast, plain = (getattr(seen[path], name) for path in ("auto", "naive"))
-        assert fast.shape == plain.shape and relative(fast, plain) < 1e-5, name
+@pytest.mark.parametrize("kind, by_tick", [("dense", False), ("gated", True)])
+def test_what_is_recorded(kind, by_tick, device, monkeypatch):
+    net, seen = make(device, **KINDS[kind]), {}
+    for seed in range(3):  # on a GPU by launches, while it is recorded by a graph, replayed
+        read, second = tokens(device=device, seed=seed).detach(), tokens(device=device, seed=seed + 5).detach()
+        vector = torch.randn(3, 8, device=device)
+        reads = [read, read, vector, second, read, vector] * 5 if by_tick else [read] * 30
+        for path in ("auto", "naive"):
+            monkeypatch.setenv("CTM_OPS", path)
+            with torch.no_grad(), record(net) as seen[path]:
+                net(reads)
+        for name in ("attention", "pre_activations", "post_activations", "sync_action", "sync_out"):
+            fast, plain = (getattr(seen[path], name) for path in ("auto", "naive"))
+            assert fast.shape == plain.shape and relative(fast, plain) < 1e-5, name
+        assert seen["auto"].attention_ticks == seen["naive"].attention_ticks
+        assert len(seen["auto"].attention) == (20 if by_tick else 30)
     assert not net.recordings
 
 
-def test_inference_mode_leaves_nothing_behind(monkeypatch):
+def test_inference_mode_leaves_nothing_behind(device, monkeypatch):
     monkeypatch.setenv("CTM_OPS", "auto")
     ops.clear()
-    net, read, other = make(), tokens(), tokens(seed=9)
+    net, read, other = make(device), tokens(device=device), tokens(device=device, seed=9)
     with torch.inference_mode():
         inside = net(read.detach()).predictions.clone()
         net(other.detach())
     with torch.no_grad():
-        assert torch.equal(net(read).predictions, inside)
+        assert relative(net(read).predictions, inside) < 1e-6
         net(other)
     net(read).predictions.sum().backward()
     with torch.inference_mode():
-        assert torch.equal(net(read.detach()).predictions, inside)
+        assert relative(net(read.detach()).predictions, inside) < 1e-6
 
 
-def test_numbers_of_one_thought_stay_when_another_follows(monkeypatch):
+def test_numbers_of_one_thought_stay_when_another_follows(device, monkeypatch):
     monkeypatch.setenv("CTM_OPS", "auto")
-    net, read, other = make(), tokens(), tokens(seed=9)
+    net, read, other = make(device), tokens(device=device), tokens(device=device, seed=9)
     first = net(read)
     kept = [leaf.detach().clone() for leaf in [*leaves(first.state), first.predictions]]
     second = net(other)
@@ -222,7 +203,7 @@ def test_numbers_of_one_thought_stay_when_another_follows(monkeypatch):
         assert torch.equal(leaf, before)
     both = torch.autograd.grad(first.predictions.sum() + second.predictions.sum(), [read, other])
     alone = torch.autograd.grad(net(read).predictions.sum(), read)[0]
-    assert relative(both[0], alone) < 1e-6
+    assert relative(both[0], alone) < 1e-5
 
 
 def test_a_backward_pass_that_comes_too_late_says_so(monkeypatch):
@@ -244,7 +225,7 @@ class Curious(CTM):
     pass
 
 
-@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "half", "recording"])
+@pytest.mark.parametrize("change", ["part", "hook", "subclass", "norm", "nothing left", "half", "recording"])
 def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, monkeypatch, caplog):
     monkeypatch.setenv("CTM_OPS", "auto")
     monkeypatch.setattr(ops, "said", set())
@@ -258,6 +239,8 @@ def test_what_it_does_not_know_goes_to_the_plain_loop_and_is_said_once(change, m
         net.__class__ = Curious
     elif change == "norm":
         net = make(nlm_layernorm=True)
+    elif change == "nothing left":
+        net = make(dropout=1.0).train()
     elif change == "recording":
         net.recordings.append(Recording())
     else:
@@ -366,12 +349,10 @@ def test_golden_models_take_the_fast_path(golden, name, monkeypatch):
     assert ops.runners and not ops.said
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_weights_changed_behind_autograds_back_are_seen(device, monkeypatch):
     """As an average of weights is written: through `.data`, which leaves no trace on the parameter."""
     encoder = ResNet(8, stages=1)
     model = Thinker(encoder, make()).to(device).eval()
-    torch.set_float32_matmul_precision("highest")
     for turn in range(4):  # on a GPU by launches, while it is recorded, replayed
         images = torch.randn(2, 3, 15, 15, device=device)
         for parameter in model.parameters():
@@ -410,7 +391,6 @@ def tensors_of(value) -> list[torch.Tensor]:
     return [tensor for part in value for tensor in tensors_of(part)] if isinstance(value, list | tuple) else []
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["dense", "gated"])
 def test_a_thought_is_made_ready_by_a_graph_and_is_its_own(kind, device, monkeypatch):
     """Other inputs, other weights and other lengths of thought between its uses; what was thought before stays."""
@@ -419,7 +399,6 @@ def test_a_thought_is_made_ready_by_a_graph_and_is_its_own(kind, device, monkeyp
         monkeypatch.setattr(ops.replay, "DEVICES", ("cpu",))
     ops.clear()
     model = Thinker(ResNet(8, stages=1), make(**KINDS[kind])).to(device).eval()
-    torch.set_float32_matmul_precision("highest")
     before = []
     for turn in range(6):
         images, ticks = torch.randn(2, 3, 15, 15, device=device), (3, 30)[turn % 2]
@@ -567,30 +546,73 @@ def test_an_encoder_is_replayed_only_where_nothing_else_can_change(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The kernels
 
+
+def assert_as_exact(fast: torch.Tensor, plain: torch.Tensor, names: list[str]) -> None:
+    """At most 1.3 times the plain loop's error: predictions, state and the gradient as a whole on the average of the
+    seeds, every single gradient as far as so few seeds can tell, which is four standard errors. 3e-7 is fp32's own."""
+    mean, excess = fast.mean(0), fast - 1.3 * plain
+    doubt = 4 * excess.std(0) / len(fast) ** 0.5
+    doubt[:3] = 0
+    worse = ~(excess.mean(0) <= doubt + 3e-7)  # NaN is worse
+    assert not worse.any(), {names[i]: (float(mean[i]), float(plain.mean(0)[i])) for i in worse.nonzero().flatten()}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 INTERPRETED = """
 import sys
 sys.path[:0] = {paths!r}
-import pytest, torch
-from test_ops import compare, make, think, tokens
-monkeypatch = pytest.MonkeyPatch()
+import numpy as np, pytest, torch, triton.language as tl
+from exactness import errors_against_fp64
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+dot = InterpreterBuilder.create_dot
+def of_values(self, a, b, *rest):  # the interpreter multiplies the bits of bf16 instead
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    return dot(self, wide(a), wide(b), *rest)
+InterpreterBuilder.create_dot = of_values
+
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # with this, fresh memory is NaN
-for config in {configs!r}:
-    net, read = make(**config), tokens(3, batch=2)
-    net(tokens(3, batch=2, seed=9))  # the first thought of a runner differs from later ones
-    compare(think(monkeypatch, "triton", net, read), think(monkeypatch, "naive", net, read), 2e-5)
-    vector = torch.randn(2, 8, requires_grad=True)
-    reads = [read, vector][: net.config.ticks]
-    compare(think(monkeypatch, "triton", net, reads), think(monkeypatch, "naive", net, reads), 2e-5)
+for case in {cases!r}:
+    fast, plain, names = errors_against_fp64("triton", "cpu", {dtype}, 1, pytest.MonkeyPatch(), *case)
+    allowed = 2 * plain + 1e-6
+    allowed[:, 3:] = 10 * plain[:, 3:].clamp(min=plain[0, 2]) + 3e-5  # one draw of chance
+    wrong = ~(fast <= allowed)
+    assert not wrong.any(), (case, [(names[i], fast[0, i], plain[0, i]) for i in wrong[0].nonzero().flatten()])
 print("the same")
 """
+IN_THE_INTERPRETER = {
+    "fp32": [
+        (3, 100, 7, 1, "dense", "tokens"), (1, 24, 3, 2, "dense", "dropout"), (2, 24, 3, 3, "semi-dense", "by tick"),
+        (1, 24, 1, 2, "random", "recompute"), (1, 24, 3, 1, "odd", "tokens"),
+    ],
+    "bf16": [
+        (3, 100, 7, 1, "gated", "tokens"), (1, 24, 3, 2, "gated", "dropout, recompute"),
+        (2, 24, 3, 2, "semi-dense", "dropout"), (1, 24, 3, 2, "random", "by tick"),
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["dense", "semi-dense", "gated"])
-def test_kernels_in_the_interpreter(kind):
+@pytest.mark.parametrize("dtype", IN_THE_INTERPRETER)
+def test_kernels_in_the_interpreter(dtype):
+    """Not here: CUDA graphs, races between warps, tensor cores' own rounding, and long thoughts, which take minutes."""
     pytest.importorskip("triton")
-    config = KINDS[kind] | {"d_model": 18, "ticks": 2}
-    code = INTERPRETED.format(paths=[str(ROOT), str(ROOT / "tests")], configs=[config])
+    code = INTERPRETED.format(
+        paths=[str(ROOT), str(ROOT / "tests")],
+        cases=IN_THE_INTERPRETER[dtype],
+        dtype="torch.float32" if dtype == "fp32" else "torch.bfloat16",
+    )
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=False
@@ -599,52 +621,36 @@ def test_kernels_in_the_interpreter(kind):
 
 
 RAGGED = [
-    (batch, d, memory, ticks, kind)
-    for batch, d, memory, ticks, kind in [
-        (1, 64, 1, 1, "dense"), (3, 100, 7, 2, "dense"), (63, 100, 25, 75, "dense"), (63, 2048, 25, 2, "dense"),
-        (3, 64, 7, 75, "gated"), (63, 64, 25, 2, "semi-dense"), (1, 100, 25, 75, "random"), (3, 2048, 7, 2, "gated"),
-    ]
+    (1, 64, 1, 1, "dense", "tokens"), (3, 100, 7, 2, "dense", "tokens"), (63, 100, 25, 75, "dense", "tokens"),
+    (63, 2048, 25, 2, "dense", "tokens"), (3, 64, 7, 75, "gated", "tokens"), (63, 64, 25, 2, "semi-dense", "tokens"),
+    (1, 100, 25, 75, "random", "tokens"), (3, 2048, 7, 2, "gated", "tokens"), (3, 64, 7, 2, "odd", "tokens"),
+    (63, 100, 7, 2, "dense", "dropout"), (3, 64, 25, 75, "gated", "dropout, recompute"),
+    (63, 2048, 1, 2, "random", "dropout"), (1, 100, 7, 2, "semi-dense", "dropout"),
+    (3, 100, 25, 75, "dense", "by tick"), (63, 64, 7, 2, "gated", "by tick, dropout"),
+    (1, 64, 1, 2, "semi-dense", "by tick"), (3, 2048, 25, 2, "random", "by tick, recompute"),
 ]  # fmt: skip
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("batch, d, memory, ticks, kind", RAGGED)
-def test_kernels_are_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, dtype, monkeypatch):
-    """Error against fp64: at most 1.3 times the plain loop's own, for outputs and for the gradient as a whole, and
-    10 times for every tensor's by itself; fresh memory is NaN, and the third thought (a CUDA graph's replay) is the one
-    that is looked at."""
+@pytest.mark.parametrize("batch, d, memory, ticks, kind, how", RAGGED)
+def test_kernels_are_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, how, dtype, poisoned, monkeypatch):
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    config = KINDS[kind] | {
-        "d_model": d, "d_input": 32, "heads": 4, "memory_length": memory, "ticks": ticks, "n_synch_out": 12,
-        "n_synch_action": 9,
-    }  # fmt: skip
-    errors = {"auto": 0.0, "naive": 0.0}
-    for seed in range(4):  # the error of one thought is a draw of chance: the mean of some is compared
-        net, read = make("cuda", seed, **config), tokens(10, batch, "cuda", 32, seed)
-        exact_net, exact_read = copy.deepcopy(net).double(), read.detach().double().requires_grad_()
-        exact = think(monkeypatch, "naive", exact_net, exact_read)
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            for path in errors:
-                for other in (10, 20) if path == "auto" else ():
-                    think(monkeypatch, path, net, tokens(10, batch, "cuda", 32, seed + other))
-                errors[path] = errors[path] + errors_of(think(monkeypatch, path, net, read), exact) / 4
-    torch.use_deterministic_algorithms(False)
-    fast, plain = errors["auto"], errors["naive"]
-    assert bool((fast[:2] <= 1.3 * plain[:2] + 1e-6).all()), errors
-    assert bool((fast[2:] <= 10 * plain[2:].clamp(min=plain[1]) + 1e-6).all()), errors
+    size = batch, d, memory, ticks, kind, how
+    assert_as_exact(*errors_against_fp64("auto", "cuda", dtype, 12 if ticks < 75 else 6, monkeypatch, *size))
 
 
-def errors_of(found, exact) -> torch.Tensor:
-    """Of predictions, of all gradients as one, and of each."""
-    (ours, grads), (theirs, expected) = found, exact
-    names = sorted(expected)
-    one, other = (torch.cat([each[name].double().flatten() for name in names]) for each in (grads, expected))
-    floor = 1e-3 * float(other.norm())
-    of_each = [relative(grads[name], expected[name], floor) for name in names]
-    return torch.tensor([relative(ours.predictions, theirs.predictions), relative(one, other), *of_each])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "batch, d, memory, ticks, kind, how",
+    [
+        (3, 64, 7, 2, "dense", "tokens"), (1, 100, 1, 3, "gated", "by tick"), (2, 64, 3, 4, "random", "recompute"),
+        (3, 64, 3, 2, "semi-dense", "by tick, recompute"),
+    ],
+)  # fmt: skip
+def test_a_cpu_is_as_exact_as_the_plain_loop(batch, d, memory, ticks, kind, how, dtype, poisoned, monkeypatch):
+    size = batch, d, memory, ticks, kind, how
+    assert_as_exact(*errors_against_fp64("auto", "cpu", dtype, 8, monkeypatch, *size))
 
 
 @pytest.mark.gpu
@@ -670,28 +676,6 @@ def test_on_a_gpu(kind, monkeypatch):
 def test_an_adapter_on_a_gpu(method, kind, monkeypatch):
     torch.set_float32_matmul_precision("highest")
     compare_adapter(method, kind, monkeypatch, "cuda", 2e-5, 5e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("recompute", [0, 2])
-def test_dropout_on_a_gpu(recompute, monkeypatch):
-    torch.set_float32_matmul_precision("highest")
-    monkeypatch.setenv("CTM_OPS", "auto")
-    net, read = make("cuda", dropout=0.3, recompute=recompute).train(), tokens(device="cuda").detach()
-    for seed in (5, 6, 7):
-        direction = [torch.randn_like(p) for p in net.parameters()]
-        losses = []
-        for step in (2e-3, -2e-3):
-            moved = copy.deepcopy(net)
-            with torch.no_grad():
-                for p, d in zip(moved.parameters(), direction, strict=True):
-                    p.add_(step * d)
-            torch.manual_seed(seed)
-            losses.append(float(moved(read).predictions.double().square().sum()))
-        torch.manual_seed(seed)
-        grads = torch.autograd.grad(net(read).predictions.square().sum(), list(net.parameters()))
-        along = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-        assert along == pytest.approx((losses[0] - losses[1]) / 4e-3, rel=0.03)
 
 
 @pytest.mark.gpu

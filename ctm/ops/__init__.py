@@ -25,6 +25,9 @@ from ctm.ops.weights import Unsupported, Weights, collect
 CHUNK = 25
 """Without gradients, so many ticks at a time: memory does not grow with the length of a thought."""
 
+OF_ATTENTION = ("wq", "bq", "wo", "bo")
+"""Names of the weights that only ticks with tokens use."""
+
 log = logging.getLogger(__name__)
 said: set[str] = set()
 
@@ -123,7 +126,8 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
     for i, kv in enumerate(tokens):
         given |= {f"keys{i}": kv.keys, f"values{i}": kv.values}
     given |= {f"vector{i}": vector for i, vector in enumerate(vectors)}
-    given |= weights.tensors
+    unused = () if tokens else OF_ATTENTION  # these ticks read vectors, others of the thought tokens
+    given |= {name: value for name, value in weights.tensors.items() if name not in unused}
     learns = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
     again = learns and bool(c.recompute)
     keep = learns and not again
@@ -147,18 +151,17 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
         )
         action = None
         if c.heads:
-            r = torch.exp(-weights.tensors["decay"])
-            action = SyncState(alpha_BR, after(state.action.beta_R, r, len(reads)))
+            action = SyncState(alpha_BR, after(state.action.beta_R, weights.tensors["decay"], len(reads)))
     for seen in net.recordings:
         seen.take(runner.work, sync_BTR)
     out = SyncState(alpha_out_BR, beta_out_R)
     return sync_BTR, type(state)(z_TBD[-1].clone(), trace_BDM, action, out, sync_BTR[:, -1])
 
 
-def after(beta_R: Tensor, r: Tensor, ticks: int) -> Tensor:
-    """beta, `ticks` ticks later: r^n beta + (1 - r^n) / (1 - r), where r is below 1, and beta + n at 1."""
-    power = r**ticks
-    return power * beta_R + torch.where(r < 1, (1 - power) / (1 - r).clamp(min=1e-12), float(ticks))
+def after(beta_R: Tensor, decay_R: Tensor, ticks: int) -> Tensor:
+    """beta, `ticks` ticks later: r^n beta + the sum of r^k for k < n, whose closed form is 0 / 0 at r = 1."""
+    powers_RT = torch.exp(-decay_R[:, None] * torch.arange(ticks + 1, device=decay_R.device))
+    return powers_RT[:, ticks] * beta_R + powers_RT[:, :ticks].sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

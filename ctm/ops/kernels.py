@@ -24,7 +24,7 @@ def dropout_scale(seed_ptr, site, index, p):
     """0 with probability p, else 1 / (1 - p): the same for the same (seed, site, index), forward and backward."""
     key = _hash(tl.load(seed_ptr).to(tl.uint32) + _hash(site.to(tl.uint32)))
     bits = _hash(index.to(tl.uint32) * 0x9E3779B1 + key)
-    return tl.where(bits >= (p * 4294967296.0).to(tl.uint32), 1.0 / (1.0 - p), 0.0)
+    return tl.where(bits >= tl.cast(p * 4294967296.0, tl.uint32), 1.0 / (1.0 - p), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

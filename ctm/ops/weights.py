@@ -174,6 +174,8 @@ def dropout_of(parts: list[nn.Module | None]) -> float:
     }
     if len(found) > 1:
         raise Unsupported("dropouts of different probability")
+    if 1.0 in found:
+        raise Unsupported("a dropout that leaves nothing")
     return found.pop() if found else 0.0
 
 

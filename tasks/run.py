@@ -239,8 +239,9 @@ class Checkpoints(Checkpoint):
     """Saves a run so that it can go on bit for bit, and stops it in good order.
 
     `last.ckpt` is written every `every` steps, when the run ends, and on SIGTERM or the first Ctrl-C; `best.ckpt` after
-    a validation with the highest value of the task's headline metric. All of them are written at one point, before
-    a step begins: every step before it is complete, its validation included, and the next has drawn no random number.
+    a validation with the highest value of the task's headline metric so far, of equal ones the latest (a share of
+    samples that are wholly right stays 0 for long). All of them are written at one point, before a step begins: every
+    step before it is complete, its validation included, and the next has drawn no random number.
 
     Args:
         every: steps between two saves.
@@ -288,7 +289,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(f"val/{trainer.datamodule.headline}")
-        if trainer.state.fn == "fit" and value is not None and (self.best is None or float(value) > self.best):
+        if trainer.state.fn == "fit" and value is not None and (self.best is None or float(value) >= self.best):
             self.best, self.best_is_new = float(value), True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -161,10 +161,10 @@ def test_the_published_maze_run(command):
     optim, data = config["model"]["init_args"]["optim"], config["data"]["init_args"]
     published = {"lr": 1e-4, "warmup": 10_000, "steps": 1_000_000, "final_lr": 1e-7, "weight_decay": 0.0}
     assert optim == published | {
-        "beta2": 0.999, "eps": 1e-8, "no_decay": [], "clip_quantile": None, "clip_history": 1000
+        "muon": False, "beta2": 0.999, "eps": 1e-8, "no_decay": [], "clip_quantile": None, "clip_history": 1000
     }  # fmt: skip
     assert (data["size"], data["route_length"], data["batch_size"], data["lookahead"]) == (39, 100, 64, 5)
-    assert data["augment"] and not data["expand_range"] and data["algorithm"] == "depth_first"
+    assert data["pace"] == 0 and data["augment"] and not data["expand_range"] and data["algorithm"] == "depth_first"
     assert config["trainer"]["max_steps"] == 1_000_000 and config["trainer"]["gradient_clip_val"] is None
 
 
@@ -176,6 +176,9 @@ def test_the_published_maze_run(command):
         ("qamnist/paper", 3_413_772),
         ("image/cifar10", 1_032_648),
         ("image/imagenet", 185_989_886),
+        ("parity/quick", 5_719_714),
+        ("maze/ablation", 8_967_160),
+        ("maze/quick", 8_967_160),
     ],
 )
 def test_published_models_have_the_published_number_of_parameters(task, n, command, data_sets):

@@ -23,8 +23,8 @@ TINY = (
     "task=parity", "data.length=8", "data.batch_size=8", "data.n_val=16", "data.n_test=16",
     "model.ctm.d_model=32", "model.ctm.d_input=16", "model.ctm.heads=2", "model.ctm.ticks=4",
     "model.ctm.n_synch_out=6", "model.ctm.n_synch_action=6", "model.optim.clip_quantile=0.5",
-    "model.optim.clip_history=4", "model.optim.no_decay=[bias]", "model.optim.weight_decay=0.1", "model.optim.muon=true",
-    "trainer.val_check_interval=4", "trainer.log_every_n_steps=3", "checkpoint.every=3",
+    "model.optim.clip_history=4", "model.optim.no_decay=[bias]", "model.optim.weight_decay=0.1",
+    "model.optim.muon=true", "trainer.val_check_interval=4", "trainer.log_every_n_steps=3", "checkpoint.every=3",
 )  # fmt: skip
 
 

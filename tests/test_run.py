@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import ctm
-from tasks.run import Table, write_aside
+from tasks.run import Checkpoints, Table, write_aside
 
 TINY = (
     "task=maze", "data.batch_size=8", "data.n_val=16", "data.n_test=16", "data.eval_batch_size=16",
@@ -21,6 +22,19 @@ TINY = (
     "model.ctm.dropout=0.1", "model.encoder.stages=1", "trainer.val_check_interval=4", "trainer.log_every_n_steps=3",
     "checkpoint.every=3",
 )  # fmt: skip
+
+
+def test_the_best_is_the_latest_of_equals():
+    checkpoints, new = Checkpoints(), []
+    for value in (0.0, 0.0, 0.5, 0.4, 0.5):
+        checkpoints.best_is_new = False
+        trainer = SimpleNamespace(
+            callback_metrics={"val/solved": torch.tensor(value)}, datamodule=SimpleNamespace(headline="solved"),
+            state=SimpleNamespace(fn="fit"),
+        )  # fmt: skip
+        checkpoints.on_validation_end(trainer, None)
+        new.append(checkpoints.best_is_new)
+    assert new == [True, True, True, False, True] and checkpoints.best == 0.5
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict:

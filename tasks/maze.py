@@ -263,7 +263,7 @@ class MazeTask(Task):
         if algorithm not in ALGORITHMS:
             raise ValueError(f"data.algorithm={algorithm!r}: there are {', '.join(ALGORITHMS)}")
         self.at_least(route_length=(route_length, 1), lookahead=(lookahead, 1), n_val=(n_val, 1), n_test=(n_test, 1))
-        self.at_least(reapply=(reapply, 0))
+        self.at_least(reapply=(reapply, 0), pace=(pace, 0))
         self.size, self.route_length, self.algorithm, self.lookahead = size, route_length, algorithm, lookahead
         self.pace = pace
         self.augment, self.expand_range, self.blue_walls = augment, expand_range, blue_walls

@@ -310,3 +310,27 @@ def test_broken_folders_are_named(tmp_path):
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
         small(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_pace_asks_each_sample_for_its_own_next_moves():
+    """Four moves in two ticks, two due at the first. One sample knows none yet, the other the first two: with a
+    look-ahead of one they are asked for one and for two."""
+    probability_right = torch.tensor([[0.1, 0.3, 0.4, 0.2], [0.5, 0.1, 0.3, 0.4]])
+    probability_right = torch.stack([probability_right, torch.tensor([[0.2, 0.4, 0.6, 0.3], [0.6, 0.7, 0.2, 0.1]])])
+    routes = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    probabilities = torch.empty(2, 2, 4, 5)
+    for (b, t, p), right in np.ndenumerate(probability_right.double().numpy()):
+        probabilities[b, t, p] = float(1 - right) / 4
+        probabilities[b, t, p, routes[b, p]] = float(right)
+    thought = Thought(probabilities.log().flatten(2), torch.ones(2, 2))
+    batch = torch.zeros(2, 3, 9, 9), routes
+    published = small(route_length=4, lookahead=1).loss(thought, batch)
+    # the first is right at its second tick (0.5 > 0.125), the second has two right at its own: 1 - 1 + 1 and 2 - 1 + 1
+    asked = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.6, 0.7])
+    expected = float(published) - 0.5 * float(asked.log().mean())
+    assert float(small(route_length=4, lookahead=1, pace=0.5).loss(thought, batch)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"data\.pace=-1 must be at least 0"):
+        small(pace=-1)

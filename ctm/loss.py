@@ -64,14 +64,15 @@ def paced_loss(predictions_BTC: Tensor, targets_BP: Tensor, asked_BP: Tensor) ->
     Args:
         asked_BP: 1 where a position counts, of every sample; (P,) for the same in all.
     """
-    mask_BTP = asked_BP[..., None, :] * due(predictions_BTC.shape[1], targets_BP.shape[1]).to(asked_BP)
+    mask_BTP = asked_BP[..., None, :] * due(predictions_BTC.shape[1], targets_BP.shape[1], asked_BP.device)
     mask_BTP = mask_BTP.expand(len(targets_BP), -1, -1)
     return (cross_entropy(predictions_BTC, targets_BP) * mask_BTP).sum() / mask_BTP.sum().clamp(min=1)
 
 
-def due(ticks: int, positions: int) -> Tensor:
+def due(ticks: int, positions: int, device: torch.device | None = None) -> Tensor:
     """(T, P), true where a position is due at a tick: by tick t of T, the first t / T of them."""
-    return torch.arange(positions) * ticks < (torch.arange(ticks)[:, None] + 1) * positions
+    tick_T, position_P = (torch.arange(n, device=device) for n in (ticks, positions))
+    return position_P * ticks < (tick_T[:, None] + 1) * positions
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def beginning(predictions_BTC: Tensor, targets_BP: Tensor, lookahead: int) -> Te
     """
     ticks, positions = predictions_BTC.shape[1], targets_BP.shape[1]
     said_BTP = rearrange(predictions_BTC, "b t (p k) -> b t p k", p=positions).argmax(-1)
-    due_TP = due(ticks, positions).to(targets_BP.device)
+    due_TP = due(ticks, positions, targets_BP.device)
     right_P = ((said_BTP == targets_BP[:, None]) & due_TP).float().mean(0).sum(0) / due_TP.sum(0)
     upto = (right_P > 0.9).int().cumprod(0).sum() + lookahead
     return (torch.arange(positions, device=targets_BP.device) < upto).float()

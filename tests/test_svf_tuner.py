@@ -21,6 +21,9 @@ def case(request):
     return CASES[request.param]()
 
 
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
 def zs(model, adapter="default"):
     return {name: p for name, p in model.named_parameters() if "svf_z" in name and name.endswith(f".{adapter}")}
 
@@ -43,7 +46,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@both_dtypes
 @pytest.mark.parametrize("parametrization", ["residual", "exp"])
 def test_identity_is_exact(case, dtype, parametrization):
     case.model.to(dtype)
@@ -75,6 +78,40 @@ def test_forms_agree_with_the_merged_model(case, form):
     plain = model.merge_and_unload()
     assert not any(isinstance(module, SVFLayer) for module in plain.modules())
     assert relative(case(plain), adapted) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+def test_forms_in_bf16(case, form):
+    """Unmerged, merged and the gradients of z against fp32 arithmetic with the same weights and z, over draws of z."""
+    case.model.to(torch.bfloat16)
+    base = case()
+    model = adapt(case, form=form)
+    if form != "factored":
+        assert torch.equal(case(model), base)
+    outputs, grads, zero = ([], [], []), ([], []), {name: z.detach().clone() for name, z in zs(model).items()}
+    for seed in range(4):
+        model.load_state_dict(zero, strict=False)
+        perturb(model, by=0.4, seed=seed)
+        state = {name: p.detach().clone() for name, p in model.named_parameters() if "svf_" not in name}
+        outputs[0].append(case(model).float())
+        grads[0].append(gradients(outputs[0][-1], model))
+        model.merge_adapter()
+        outputs[1].append(case(model).float())
+        model.unmerge_adapter()
+        outputs[2].append(case(model.float()))
+        grads[1].append(gradients(outputs[2][-1], model))
+        model.to(torch.bfloat16)
+        assert same_bits(state, {name: p for name, p in model.named_parameters() if "svf_" not in name})
+    unmerged, merged, exact = (torch.stack(found) for found in outputs)
+    assert relative(merged, exact) < 1.2 * relative(unmerged, exact)
+    assert relative(unmerged, exact) < 0.01
+    assert relative(base.expand_as(exact), exact) > 3 * relative(unmerged, exact)
+    assert relative(*map(torch.stack, grads)) < 0.08
+
+
+def gradients(out, model):
+    """Of all z, in one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), list(zs(model).values()))])
 
 
 @pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
@@ -112,7 +149,9 @@ def test_rescaling_matches_autograd(tokens, rows, bias):
         assert relative(ours, theirs) < 1e-6  # d's gradient is accumulated in fp32
 
 
-def test_saved_and_loaded(case, tmp_path):
+@both_dtypes
+def test_saved_and_loaded(case, dtype, tmp_path):
+    case.model.to(dtype)
     model = adapt(case)
     perturb(model)
     adapted = case(model)

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from svf import experts
 from svf.adapt import Adaptive, FewShot
+from svf.config import SVFConfig
 from svf.decompose import DecompositionOptions
 from svf.search import METHODS
 
@@ -21,12 +22,15 @@ ASSETS = Path(__file__).parent / "assets"
 def decompose(args: argparse.Namespace) -> None:
     if args.checkpoint_dtype is not None and args.checkpoint_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {args.checkpoint_dtype} is none of float32, bfloat16, float16")
-    targets = args.targets[0] if len(args.targets) == 1 else args.targets
+    if args.targets is None and args.target_parameters is None:
+        args.targets = ["all-linear"]
+    targets = args.targets[0] if args.targets is not None and len(args.targets) == 1 else args.targets
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
         targets = [targets]
     options = DecompositionOptions(args.solver, args.device, args.cache or True)
     dtype = getattr(torch, args.checkpoint_dtype) if args.checkpoint_dtype else None
-    found = experts.fill_cache(args.model, targets, options, dtype)
+    config = SVFConfig(target_modules=targets, target_parameters=args.target_parameters)
+    found = experts.fill_cache(args.model, config, options, dtype)
     print(f"basis {found} in {options.folder}")
 
 
@@ -216,7 +220,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(decompose, "Find the bases of a checkpoint once, matrix by matrix; go on where a killed run stopped.")
     sub.add_argument("model", help="folder, or name on the Hub")
-    sub.add_argument("--targets", nargs="+", default=["all-linear"], help="module names, a pattern, or all-linear")
+    sub.add_argument("--targets", nargs="+", help="module names, a pattern, or all-linear (which it is if not given)")
+    sub.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME", help="3-D weights of experts, as mlp.experts.gate_up_proj"
+    )
     sub.add_argument("--cache", help="folder; $SVF_CACHE or ~/.cache/svf if not given")
     sub.add_argument("--solver", default="eigh", choices=["eigh", "svd"])
     sub.add_argument("--device", help="a GPU where there is one, if not given")

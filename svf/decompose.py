@@ -9,6 +9,7 @@ The identity of a basis is that of the weights and of the solver, never of compu
 bits between machines and thread counts, harmlessly.
 """
 
+import copy
 import functools
 import hashlib
 import os
@@ -23,7 +24,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 SOLVER = "fp64-1"
 """Name and version of what bases are: full fp64 singular vectors, largest value first. Part of the basis hash."""
@@ -290,23 +294,52 @@ def _progress(matrices: list[Matrix], wanted: bool) -> Iterator[Callable[[Matrix
 # Checkpoints
 
 
-def checkpoint_tensors(model: str | Path) -> dict[str, Path]:
-    """Every tensor of a checkpoint folder -> the safetensors file that holds it.
+def checkpoint_tensors(folder: str | Path, model: nn.Module | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Name of every tensor of a checkpoint folder -> how to read it, alone.
+
+    Args:
+        folder: with safetensors files.
+        model: of Transformers, also on the meta device, to have its parameters by their own names where they are stored
+            otherwise: the experts of a layer one by one, for example.
 
     Raises:
         FileNotFoundError: where there is no safetensors file.
     """
-    folder = Path(model)
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
         with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+            found.update({name: functools.partial(_tensor, path, name) for name in file.keys()})  # noqa: SIM118
     if not found:
-        raise FileNotFoundError(f"{model} holds no safetensors file; give the folder of a checkpoint")
-    return found
+        raise FileNotFoundError(f"{folder} holds no safetensors file; give the folder of a checkpoint")
+    return found | _converted(found, model) if isinstance(model, PreTrainedModel) else found
 
 
-def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Path]) -> Matrix:
+def _converted(tensors: Mapping[str, Callable[[], Tensor]], model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """Parameters that Transformers makes of several tensors of a checkpoint, or of one with another name."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parts: dict[str, list[tuple[str, str | None]]] = {}
+    for stored in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if name != stored:
+            parts.setdefault(name, []).append((stored, pattern))
+
+    def load(name: str) -> Tensor:
+        (stored, pattern), *_ = parts[name]
+        if pattern is None:
+            return tensors[stored]()
+        converter = copy.deepcopy(by_pattern[pattern])
+        for stored, pattern in parts[name]:
+            converter.add_tensor(name, stored, pattern, tensors[stored])
+        made = converter.convert(name, model=model, config=model.config)[name]
+        return made[0] if isinstance(made, list) else made
+
+    return {name: functools.partial(load, name) for name in parts}
+
+
+def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Callable[[], Tensor]]) -> Matrix:
     """The same matrix, read from a checkpoint instead of from a model.
 
     Raises:
@@ -314,7 +347,7 @@ def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Path]) -> Matrix:
     """
     for name in (matrix.name, matrix.name.partition(".")[2], *(f"{p}.{matrix.name}" for p in ("model", "transformer"))):
         if name in tensors:
-            return replace(matrix, load=functools.partial(_tensor, tensors[name], name))
+            return replace(matrix, load=tensors[name])
     raise KeyError(f"the checkpoint has no tensor {matrix.name}")
 
 

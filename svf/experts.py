@@ -652,16 +652,15 @@ def load_base(folder: Path) -> nn.Module:
     return kind.from_pretrained(folder, dtype="auto")
 
 
-def checkpoint_matrices(
-    folder: Path, targets: str | list[str] | None, dtype: torch.dtype | None = None
-) -> list[Matrix]:
-    """What an SVF adapter with these targets would decompose, to be read from the checkpoint one at a time.
+def checkpoint_matrices(folder: Path, config: SVFConfig, dtype: torch.dtype | None = None) -> list[Matrix]:
+    """What an adapter of that configuration would decompose, to be read from the checkpoint one at a time.
 
     Raises:
-        KeyError: where the checkpoint stores a weight otherwise than the model holds it.
+        KeyError: where the checkpoint does not hold a weight.
     """
-    model = SVFModel(skeleton(folder), SVFConfig(target_modules=targets), "default")
-    tensors = decompose.checkpoint_tensors(folder)
+    base = skeleton(folder)
+    tensors = decompose.checkpoint_tensors(folder, base)
+    model = SVFModel(base, config, "default")
     found = [decompose.in_checkpoint(layer.matrix(name), tensors) for layer in model.layers() for name in layer.names()]
     return found if dtype is None else [replace(m, load=lambda load=m.load: load().to(dtype)) for m in found]
 
@@ -706,14 +705,14 @@ def convert_published(path: str | Path, base: str | Path) -> Expert:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
-    tensors = decompose.checkpoint_tensors(folder)
+    tensors = decompose.checkpoint_tensors(folder, model)
     matrices = [decompose.in_checkpoint(Matrix(name, tuple(shapes[name]), lambda: None), tensors) for name in z]
     config.basis_hash = decompose.basis_hash(dict(zip(z, decompose.digests(matrices), strict=True)))
     return Expert({name: vector.detach().float() for name, vector in z.items()}, config)
 
 
-def fill_cache(model: str | Path, targets: str | list[str] | None, options: DecompositionOptions, dtype=None) -> str:
-    """Decomposes a checkpoint into the cache. Returns the basis hash."""
-    matrices = checkpoint_matrices(base_folder(model), targets, dtype)
+def fill_cache(model: str | Path, config: SVFConfig, options: DecompositionOptions, dtype=None) -> str:
+    """Decomposes what an adapter of that configuration needs of a checkpoint into the cache. Returns the basis hash."""
+    matrices = checkpoint_matrices(base_folder(model), config, dtype)
     known = decompose.fill(matrices, options)
     return decompose.basis_hash({m.name: key for m, key in zip(matrices, known, strict=True)})

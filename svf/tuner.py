@@ -7,6 +7,7 @@ may mix experts by row and by token, also in training (`SVFModel.mix`). Importin
 `SVFModel` finds the targets, wraps them (`svf.layers`), gives them their bases (`svf.decompose`) and mixes (`svf.mix`).
 """
 
+import difflib
 import functools
 import inspect
 import re
@@ -72,12 +73,17 @@ def _is_linear(module: nn.Linear) -> bool:
     )
 
 
+COMPUTED = "its weight is computed in every forward"
+
+
 def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     """Why a matched module must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
     if _reads_weight(type(parent), name):
         return f"{type(parent).__name__} reads its weight itself"
+    if _layer_type(target) is not None and "weight" not in target._parameters:
+        return COMPUTED
     if isinstance(target, nn.Linear) and not _is_linear(target):
         return f"{type(target).__name__} is more than a linear layer"
     return _tied(getattr(target, "weight", None), owners)
@@ -89,6 +95,8 @@ def _why_not_parameter(target: nn.Module, name: str, parent: nn.Module, weight: 
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
     if _reads_weight(type(parent), name, weight):
         return f"{type(parent).__name__} reads its weight itself"
+    if weight not in target._parameters:
+        return COMPUTED
     return _tied(getattr(target, weight), owners)
 
 
@@ -172,6 +180,7 @@ class SVFModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        _check_parameters(config.target_parameters or (), self._owners)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.skipped:
             listed = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
@@ -282,7 +291,7 @@ class SVFModel(BaseTuner):
     def _from_checkpoint(self, matrices: list[Matrix], options: DecompositionOptions) -> list[Matrix]:
         where = options.checkpoint or getattr(getattr(self.model, "config", None), "_name_or_path", None)
         try:
-            tensors = decompose.checkpoint_tensors(where or "the base")
+            tensors = decompose.checkpoint_tensors(where or "the base", self.model)
         except FileNotFoundError:
             raise ValueError(
                 "the base is quantised, its bases come from the unquantised weights: give their folder as "
@@ -555,6 +564,18 @@ def all_linear(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | SVFLinear) and module is not head and not name.endswith("base_layer")
     }
+
+
+def _check_parameters(targets: Sequence[str], owners: Mapping[int, list[str]]) -> None:
+    """Raises ValueError where no parameter's name is or ends in one of `targets`; PEFT asks only that one does."""
+    names = [name for sharing in owners.values() for name in sharing]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = {".".join(name.split(".")[-1 - target.count(".") :]) for name in names}
+            near = ", ".join(difflib.get_close_matches(target, sorted(ends), n=1))
+            raise ValueError(
+                f"target_parameters: no parameter is called {target!r}{f'; did you mean {near}?' if near else ''}"
+            )
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:

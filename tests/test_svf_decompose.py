@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import relative
 from peft import PeftModel, get_peft_model
-from svf_models import Case, llama, qwen
+from svf_models import Case, llama, moe, qwen
 from test_svf_tuner import perturb
 from transformers.pytorch_utils import Conv1D
 
 from svf import SVFConfig, decompose
+from svf.__main__ import parser
 from svf.decompose import DecompositionOptions, Matrix, solve
 from svf.experts import checkpoint_matrices
 
@@ -231,16 +232,48 @@ def test_half_written_files_are_not_read(tmp_path):
         decompose.fill(big(1), DecompositionOptions(cache=False))
 
 
-@pytest.mark.parametrize("make", [llama, qwen])
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (llama, {"target_modules": "all-linear"}),
+        (qwen, {"target_modules": "all-linear"}),
+        (moe, {"target_modules": "all-linear", "target_parameters": EXPERTS}),
+        (moe, {"target_parameters": EXPERTS}),
+    ],
+    ids=["llama", "qwen", "moe", "moe-experts"],
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_checkpoint_has_the_hash_of_the_model_loaded_from_it(tmp_path, make, dtype):
+def test_a_checkpoint_has_the_hash_of_the_model_loaded_from_it(tmp_path, make, targets, dtype):
+    """Also where it stores the experts of a layer one by one."""
     case = Case(make)
     case.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    matrices = checkpoint_matrices(tmp_path, "all-linear", dtype)
+    matrices = checkpoint_matrices(tmp_path, SVFConfig(**targets), dtype)
+    assert sum(len(m.shape) == 3 for m in matrices) == (4 if make is moe else 0)
     found = decompose.basis_hash({m.name: decompose.digest(m.load()) for m in matrices})
-    model = get_peft_model(case.model.to(dtype or torch.float32), SVFConfig(target_modules="all-linear"))
+    model = get_peft_model(case.model.to(dtype or torch.float32), SVFConfig(**targets))
     assert model.peft_config["default"].basis_hash == found
+
+
+def test_the_command_decomposes_the_experts_of_a_layer(tmp_path, monkeypatch, capsys):
+    """The model then finds every basis in the cache."""
+    monkeypatch.setattr(decompose, "CACHE_FROM", 8)
+    case = Case(moe)
+    case.model.save_pretrained(tmp_path / "base")
+    words = ["decompose", str(tmp_path / "base"), "--cache", str(tmp_path / "cache"), "--target-parameters", *EXPERTS]
+    args = parser().parse_args(words)
+    args.run(args)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    monkeypatch.setattr(decompose, "solve", lambda *_: pytest.fail("paid twice"))
+    config = SVFConfig(target_parameters=EXPERTS, decomposition={"cache": str(tmp_path / "cache")})
+    model = get_peft_model(case.model, config)
+    assert model.peft_config["default"].basis_hash in capsys.readouterr().out
+    args = parser().parse_args([*words[:-1], "experts.down_prj"])
+    with pytest.raises(ValueError, match="no parameter is called 'experts.down_prj'; did you mean experts.down_proj"):
+        args.run(args)
 
 
 def test_progress_shows_time_left(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -476,6 +477,15 @@ def test_kinds_of_linear_layers():
     with pytest.warns(UserWarning, match="Scaled is more than a linear layer"):
         model = get_peft_model(nn.Sequential(Same(6, 4), Scaled(4, 4)), SVFConfig(target_modules="all-linear"))
     assert [layer.key for layer in model.base_model.layers()] == ["0"]
+
+
+def test_computed_weights_are_left_alone():
+    """Merging into one would change nothing."""
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        model = nn.Sequential(OrderedDict(normed=norm(nn.Linear(4, 4)), plain=nn.Linear(4, 4)))
+        with pytest.warns(UserWarning, match=r"normed \(its weight is computed in every forward\)"):
+            model = get_peft_model(model, SVFConfig(target_modules=["normed", "plain"]))
+        assert [layer.key for layer in model.base_model.layers()] == ["plain"]
 
 
 class Reader(nn.Module):

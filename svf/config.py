@@ -1,5 +1,6 @@
 """SVFConfig, and PEFT's type "SVF"."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +59,9 @@ class SVFConfig(PeftConfig):
     form: Form = "auto"
     """How it is computed. one_sided (auto): the base layer, and its input or output rescaled; exact at init, and on a
     quantised base. factored: two factors instead of the weight; fastest for few tokens, not exact. merged: the adapted
-    weight is made in every forward; for reference and for weights that no input can be rescaled for."""
+    weight is made in every forward; for reference and for weights that no input can be rescaled for. Linear layers have
+    all three, quantised ones one_sided alone; convolutions one_sided and merged, grouped ones merged alone;
+    `target_parameters` merged alone. auto takes the first that a layer has; one that it has not is refused."""
     top_k: int | None = None
     """Adapt only so many directions, those of the largest singular values; None for all."""
     init: float | None = None
@@ -103,3 +106,9 @@ class SVFConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Without what belongs to this machine or to one loading alone."""
         return {key: value for key, value in super().to_dict().items() if key not in ("decomposition", "check_basis")}
+
+
+def common_form(configs: Iterable[SVFConfig]) -> Form:
+    """The form of all of them; auto where they differ."""
+    forms = {config.form for config in configs}
+    return forms.pop() if len(forms) == 1 else "auto"

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svf import decompose, spectral
-from svf.config import SVFConfig
+from svf.config import SVFConfig, common_form
 from svf.decompose import DecompositionOptions, Matrix
 from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear
 from svf.tuner import SVFModel
@@ -146,6 +146,7 @@ def mix(experts: Sequence[Expert], weights: Sequence[Weight]) -> Expert:
         normalize="none",
         init=0.0,
         init_std=0.0,
+        form=common_form(expert.config for expert in experts),
         basis_hash=first.basis_hash if same_names else None,  # a union's is found when it is first loaded
     )
     return Expert(total, config)
@@ -445,6 +446,7 @@ class ExpertLibrary:
         changes = {
             "top_k": None if None in kept else max(kept),
             "basis_hash": hashes.pop() if len(hashes) == 1 else None,
+            "form": common_form(self.model.peft_config[name] for name in names),
         }
         return Expert(z, _effective(first, layers, **changes))
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svf import decompose, spectral
-from svf.config import TARGETS, SVFConfig
+from svf.config import TARGETS, SVFConfig, common_form
 from svf.decompose import DecompositionOptions, Matrix
 from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear, is_quantized
 from svf.mix import Mix, Mixing, Replay
@@ -229,8 +229,6 @@ class SVFModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}; SVF adapts Linear, Conv1D (GPT-2) and Conv2d "
                 "modules, and other parameters through target_parameters"
             )
-        if is_quantized(target) and peft_config.form in ("factored", "merged"):
-            raise ValueError(f"{current_key} is quantised, form={peft_config.form!r} needs its weight; use one_sided")
         layer = kind(target, adapter_name, current_key, self.mixing)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -398,6 +396,7 @@ class SVFModel(BaseTuner):
             normalize="none",
             init=0.0,
             init_std=0.0,
+            form=common_form(configs),
             top_k=None if None in whole else max(whole),
             basis_hash=None,
         )

@@ -272,7 +272,7 @@ def test_the_command_decomposes_the_experts_of_a_layer(tmp_path, monkeypatch, ca
     model = get_peft_model(case.model, config)
     assert model.peft_config["default"].basis_hash in capsys.readouterr().out
     args = parser().parse_args([*words[:-1], "experts.down_prj"])
-    with pytest.raises(ValueError, match="no parameter is called 'experts.down_prj'; did you mean experts.down_proj"):
+    with pytest.raises(ValueError, match=r"'experts\.down_prj'; did you mean experts\.down_proj\?"):
         args.run(args)
 
 

@@ -51,7 +51,7 @@ def test_quantized_base(kind, tmp_path):
         get_peft_model(case.model, SVFConfig())
     case = Case(lambda: llama(hidden_size=64, intermediate_size=128))
     QUANTIZERS[kind](case.model)
-    with pytest.raises(ValueError, match="needs its weight; use one_sided"):
+    with pytest.raises(ValueError, match="cannot be computed with form='merged', only with one_sided; use"):
         get_peft_model(case.model, SVFConfig(form="merged", decomposition=where))
 
     case = Case(lambda: llama(hidden_size=64, intermediate_size=128))

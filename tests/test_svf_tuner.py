@@ -22,6 +22,19 @@ def case(request):
     return CASES[request.param]()
 
 
+FORMS = ["auto", "one_sided", "factored", "merged"]
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def having(case, form):
+    """The case with targets that can have the form."""
+    if (case.name, form) == ("resnet", "factored"):
+        pytest.skip("convolutions have no factored form")
+    if form in ("one_sided", "factored"):
+        case.targets.pop("target_parameters", None)
+    return case
+
+
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -68,9 +81,9 @@ def test_identity_is_exact(case, dtype, parametrization):
     assert same_bits(weights, {name: p.clone() for name, p in model.unload().named_parameters()})
 
 
-@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+@every_form
 def test_forms_agree_with_the_merged_model(case, form):
-    model = adapt(case, form=form)
+    model = adapt(having(case, form), form=form)
     perturb(model)
     adapted = case(model)
     model.merge_adapter()
@@ -81,12 +94,12 @@ def test_forms_agree_with_the_merged_model(case, form):
     assert relative(case(plain), adapted) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+@every_form
 def test_forms_in_bf16(case, form):
     """Unmerged, merged and the gradients of z against fp32 arithmetic with the same weights and z, over draws of z."""
     case.model.to(torch.bfloat16)
     base = case()
-    model = adapt(case, form=form)
+    model = adapt(having(case, form), form=form)
     if form != "factored":
         assert torch.equal(case(model), base)
     outputs, grads, zero = ([], [], []), ([], []), {name: z.detach().clone() for name, z in zs(model).items()}
@@ -115,10 +128,10 @@ def gradients(out, model):
     return torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), list(zs(model).values()))])
 
 
-@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+@every_form
 def test_gradients_of_z_are_those_of_the_formula(case, form):
     """dL/de_i = s_i u_i' G v_i with G the dense gradient of the weight, here by autograd through W'."""
-    model = adapt(case, form=form)
+    model = adapt(having(case, form), form=form)
     perturb(model, by=0.1)
     case(model).float().square().sum().backward()
     found = {name: z.grad.clone() for name, z in zs(model).items()}
@@ -128,6 +141,39 @@ def test_gradients_of_z_are_those_of_the_formula(case, form):
     case(model).float().square().sum().backward()
     for name, z in zs(model).items():
         assert relative(found[name], z.grad, at_least=1e-4) < 1e-3, name
+
+
+def test_a_form_that_a_layer_cannot_have_is_refused():
+    def grouped():
+        return nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+
+    for make, targets, forms in (
+        (lambda: CASES["moe"]().model, {"target_parameters": ["experts.down_proj"]}, ["merged"]),
+        (lambda: CASES["resnet"]().model, CASES["resnet"]().targets, ["one_sided", "merged"]),
+        (grouped, {"target_modules": ["0"]}, ["merged"]),
+        (lambda: CASES["llama"]().model, {}, ["one_sided", "factored", "merged"]),
+    ):
+        for form in FORMS[1:]:
+            model, config = make(), SVFConfig(**targets, form=form)
+            if form in forms:
+                layers = list(get_peft_model(model, config).base_model.layers())
+                assert {layer.form for layer in layers} == {form}
+                continue
+            names = set(model.state_dict())
+            said = rf"cannot be computed with form='{form}', only with {' or '.join(forms)}; use form='auto'"
+            with pytest.raises(ValueError, match=said):
+                get_peft_model(model, config)
+            assert set(model.state_dict()) == names
+        layers = list(get_peft_model(make(), SVFConfig(**targets)).base_model.layers())
+        assert {layer.form for layer in layers} == {forms[0]}
+
+
+def test_a_mixture_of_experts_of_different_forms_is_auto():
+    model = get_peft_model(CASES["resnet"]().model, SVFConfig(target_modules=["shortcut.convolution"]), "a")
+    model.add_adapter("b", SVFConfig(target_modules=["shortcut.convolution"], form="merged"))
+    model.add_weighted_adapter(["a", "b"], [1, 1], "both")
+    model.add_weighted_adapter(["b", "b"], [1, 1], "same")
+    assert (model.peft_config["both"].form, model.peft_config["same"].form) == ("auto", "merged")
 
 
 @pytest.mark.parametrize("tokens", [5, 12, 40, 200])
@@ -417,7 +463,7 @@ def test_top_k(case):
     for form in ("factored", "merged"):
         for layer in model.modules():
             if isinstance(layer, SVFLayer):
-                layer.experts["default"].config.form = form
+                layer.experts["default"].config.form = form if form in layer.forms() else "auto"
         assert relative(case(model), adapted) < 1e-5
     model.add_adapter("all", SVFConfig(**case.targets))
     perturb(model, "all")

@@ -12,6 +12,7 @@ bits between machines and thread counts, harmlessly.
 import copy
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -107,29 +108,36 @@ class Matrix:
 # Solving
 
 
-def solve(weight: Tensor, solver: str = "eigh", device: str | torch.device | None = None) -> Basis:
-    """The basis of one matrix or a stack of them.
+def solve(
+    weight: Tensor,
+    solver: str = "eigh",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Basis:
+    """The basis of one matrix or a stack of them, in fp64.
 
     Args:
         weight: (..., n_out, n_in), any float dtype.
         solver: "eigh" or "svd".
         device: where to compute; as it is, or on a GPU where there is one, if not given.
+        dtype: of the vectors that are returned.
 
     Returns:
-        fp64, on the device where it was computed. The side is the shorter one; the input side where both are equal.
+        On the device where it was computed, values in fp64. The side is the shorter one; the input side where both are
+        equal.
     """
     if device is None and torch.cuda.is_available() and not weight.is_cuda:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if weight.ndim > 2:  # one at a time: a stack of experts would not fit in fp64
-        parts = [solve(part, solver, device) for part in weight]
+        parts = [solve(part, solver, device, dtype) for part in weight]
         return Basis(*(torch.stack(column) for column in zip(*parts, strict=True)))
     w = weight.detach().to(device=device or weight.device, dtype=torch.float64)
     inputs = side_of(w.shape) == "in"
     if solver == "svd":
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        return Basis(vh.mT.contiguous() if inputs else u, s)
+        return Basis((vh.mT if inputs else u).to(dtype).contiguous(), s)
     squares, vectors = torch.linalg.eigh(w.mT @ w if inputs else w @ w.mT)
-    return Basis(vectors.flip(-1).contiguous(), squares.flip(-1).clamp(min=0).sqrt())
+    return Basis(vectors.flip(-1).to(dtype).contiguous(), squares.flip(-1).clamp(min=0).sqrt())
 
 
 def side_of(shape: tuple[int, ...]) -> str:
@@ -150,8 +158,14 @@ def digest(weight: Tensor) -> str:
 
 
 def digests(matrices: list[Matrix]) -> list[str]:
-    """`digest` of every matrix, in threads (hashing releases the interpreter) that hold one matrix each."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    """`digest` of every matrix, in threads (hashing releases the interpreter) that hold one matrix each: together no
+    more bytes than the largest one takes in fp64, which solving it needs anyway."""
+    if not matrices:
+        return []
+    first = matrices[0].load()
+    at_once = max(1, 8 // first.element_size())
+    del first
+    with ThreadPoolExecutor(min(at_once, 4, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda matrix: digest(matrix.load()), matrices))
 
 
@@ -236,9 +250,13 @@ def fill(matrices: list[Matrix], options: DecompositionOptions, known: list[str]
 def _solve_into(path: Path, matrix: Matrix, options: DecompositionOptions) -> None:
     if path.exists():  # another run may have been here meanwhile
         return
+    _write(path, _solved(matrix, options))
+
+
+def _solved(matrix: Matrix, options: DecompositionOptions) -> Basis:
+    """Its weight is let go of before the next one is read."""
     weight = matrix.load()
-    basis = solve(matrix.as_matrix(weight), options.solver, options.device)
-    _write(path, Basis(basis.vectors.to(_kept_dtype(weight.dtype)), basis.values))
+    return solve(matrix.as_matrix(weight), options.solver, options.device, _kept_dtype(weight.dtype))
 
 
 def bases(
@@ -262,9 +280,9 @@ def bases(
                 _solve_into(_file(folder, key, matrix), matrix, options)  # a rank without a shared disk
                 yield _read(_file(folder, key, matrix), kept)
                 continue
-            weight = matrix.load()
-            vectors, values = solve(matrix.as_matrix(weight), options.solver, options.device)
-            yield Basis(vectors[..., :kept].to(_kept_dtype(weight.dtype)), values[..., :kept])
+            vectors, values = _solved(matrix, options)
+            yield Basis(vectors[..., :kept].contiguous(), values[..., :kept])
+            del vectors, values
             advance(matrix)
 
 
@@ -278,8 +296,10 @@ def _progress(matrices: list[Matrix], wanted: bool) -> Iterator[Callable[[Matrix
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
+    columns = (*columns, TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, speed_estimate_period=math.inf) as bar:  # a matrix may take longer than its 30 s
         task = bar.add_task("Decomposing", total=total, done=f"0/{len(matrices)}")
+        bar.advance(task, 0)  # the start counts as a sample, so that the first matrix tells the time left
         count = 0
 
         def advance(matrix: Matrix) -> None:

@@ -85,7 +85,7 @@ def test_quantized_base(kind, tmp_path):
     assert relative(case(again), adapted) < (1e-6 if kind.startswith("torchao") else 2e-2)
 
 
-@torch.no_grad()  # with a gradient, bitsandbytes multiplies in another way
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["torchao-int8", "bnb-nf4"])
 def test_an_expert_loads_onto_a_base_that_transformers_quantised(kind, tmp_path):
     """Its configuration says which folder the unquantised weights are in."""
@@ -101,9 +101,13 @@ def test_an_expert_loads_onto_a_base_that_transformers_quantised(kind, tmp_path)
     perturb(model)
     model.save_pretrained(tmp_path / "expert")
     expected = case(model)
-    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()
-    base = case(quantized)
-    model = PeftModel.from_pretrained(quantized, tmp_path / "expert")
+
+    def quantized():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()
+
+    base = case(quantized())
+    # another one: on some CPUs bitsandbytes packs its weights in the first forward, and state_dict loses them
+    model = PeftModel.from_pretrained(quantized(), tmp_path / "expert")
     assert relative(case(model), expected) < 1.5 * relative(base, plain) + 0.02
     assert relative(case(model), base) > 0.05
     with model.disable_adapter():

@@ -9,8 +9,6 @@ may mix experts by row and by token, also in training (`SVFModel.mix`). Importin
 
 import difflib
 import functools
-import inspect
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,33 +28,10 @@ from svf.config import TARGETS, SVFConfig, common_form
 from svf.decompose import DecompositionOptions, Matrix
 from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear, is_quantized
 from svf.mix import Mix, Mixing, Replay
+from svf.reads import reader
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which modules can be adapted
-
-
-@functools.cache
-def _reads_weight(kind: type, child: str, weight: str = "weight") -> bool:
-    """Whether the code of a class reads the weight of its child `child` itself, so that wrapping it does nothing.
-
-    `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` with `linear1`, fused state-space
-    layers with their projections. Looking at a weight's dtype or device is not reading it.
-    """
-    harmless = ("__init__", "_init_weights", "reset_parameters", "_reset_parameters", "extra_repr", "__setstate__")
-    path = rf"{re.escape(child)}\.{re.escape(weight)}"
-    read = re.compile(rf"(?<!isinstance\()self\.{path}\b(?!\.(dtype|device|shape|size|ndim|is_))")
-    for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__name__ in ("PreTrainedModel", "Sequential", "ModuleList"):
-            continue
-        for name, member in vars(base).items():
-            if name in harmless or not inspect.isfunction(member):
-                continue
-            try:
-                if read.search(inspect.getsource(member)):
-                    return True
-            except (OSError, TypeError):
-                continue
-    return False
 
 
 @torch.no_grad()
@@ -76,12 +51,12 @@ def _is_linear(module: nn.Linear) -> bool:
 COMPUTED = "its weight is computed in every forward"
 
 
-def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+def _why_not(target: nn.Module, key: str, model: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     """Why a matched module must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
-    if _reads_weight(type(parent), name):
-        return f"{type(parent).__name__} reads its weight itself"
+    if by := reader(model, f"{key}.weight"):
+        return f"{by} reads its weight itself"
     if _layer_type(target) is not None and "weight" not in target._parameters:
         return COMPUTED
     if isinstance(target, nn.Linear) and not _is_linear(target):
@@ -89,15 +64,15 @@ def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[in
     return _tied(getattr(target, "weight", None), owners)
 
 
-def _why_not_parameter(target: nn.Module, name: str, parent: nn.Module, weight: str, owners) -> str | None:
-    """Why a matched parameter (`weight` of `target`, which is `name` of `parent`) must be left alone, or None."""
+def _why_not_parameter(target: nn.Module, name: str, key: str, model: nn.Module, owners) -> str | None:
+    """Why a matched parameter (`name` of `target`, `key` from the model on) must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
-    if _reads_weight(type(parent), name, weight):
-        return f"{type(parent).__name__} reads its weight itself"
-    if weight not in target._parameters:
+    if by := reader(model, key):
+        return f"{by} reads its weight itself"
+    if name not in target._parameters:
         return COMPUTED
-    return _tied(getattr(target, weight), owners)
+    return _tied(getattr(target, name), owners)
 
 
 def _tied(parameter: Any, owners: Mapping[int, list[str]]) -> str | None:
@@ -220,7 +195,7 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer) and not isinstance(target, ParamWrapper):
             target.update_layer(adapter_name, peft_config)
             return
-        if why := _why_not(target, target_name, parent, self._owners):
+        if why := _why_not(target, current_key, self.model, self._owners):
             self.skipped[current_key] = why
             return
         kind = _layer_type(target)
@@ -241,11 +216,8 @@ class SVFModel(BaseTuner):
     def _wrap_parameter(self, config, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         layer = next((part for part in (target, parent) if isinstance(part, ParamWrapper)), None)
         if layer is None or parameter_name not in layer.names():
-            module, name, owner = target, target_name, parent
-            if layer is not None:
-                module, (path, _, name) = layer.get_base_layer(), layer.key.rpartition(".")
-                owner = self.model.get_submodule(path)
-            if why := _why_not_parameter(module, name, owner, parameter_name, self._owners):
+            module = target if layer is None else layer.get_base_layer()
+            if why := _why_not_parameter(module, parameter_name, key, self.model, self._owners):
                 self.skipped[key] = why
                 return
         if layer is None:

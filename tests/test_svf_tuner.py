@@ -1,6 +1,7 @@
 """SVF as a PEFT method: identity, merging, saving, switching, targets, refusals, on every kind of model."""
 
 import json
+import re
 import warnings
 from collections import OrderedDict
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from svf_models import CASES, Case, gpt2, llama, moe, thinker
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from svf import SVFConfig, spectral
@@ -561,6 +563,67 @@ def test_what_is_left_alone_is_said():
     assert [layer.key for layer in model.modules() if isinstance(layer, SVFLayer)] == ["fine"]
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no target of adapter"):
         get_peft_model(Reader(), SVFConfig(target_modules=["read"]))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.above, self.proj, self.free = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        alias = self.proj
+        weight = alias.weight
+        return self.free(self.above(F.linear(x, weight)))
+
+
+class Outer(nn.Module):
+    """Reads weights of its parts in every way that code does; looks at others."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.blocks = Inner(), nn.ModuleList([Inner(), Inner()])
+        self.tower = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.rows = nn.ModuleDict({"a": nn.Linear(4, 4)})
+        self.first, self.second, self.third, self.seen, self.handed = (nn.Linear(4, 4) for _ in range(5))
+
+    @property
+    def fused(self):
+        a, b = self.first, (self.second if self.training else self.third)
+        return torch.cat([a.weight.data, b.weight])
+
+    def forward(self, x):
+        seen = self.seen.weight
+        if seen is not None and isinstance(seen, torch.Tensor) and x.dtype != seen.dtype:
+            x = x.to(seen.device, self.seen.weight.dtype)
+        for i, block in enumerate(self.blocks):
+            x = x + i * block.above.weight.sum()
+        for row in self.rows.values():
+            x = F.linear(x, row.weight, row.bias)
+        x = self.block(x) @ self.block.above.weight @ self.tower[0].weight
+        return self.product(self.seen(x), part=self.handed) @ self.fused.T
+
+    def product(self, x, part):
+        return x @ part.weight
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.seen.weight)
+
+
+def test_weights_that_are_read_from_anywhere_above_are_left_alone():
+    """By another name, by index, in a loop, in a property, by a module two steps above, handed to another method."""
+    linear = {name for name, module in Outer().named_modules() if isinstance(module, nn.Linear)}
+    for targets in ({"target_modules": "all-linear"}, {"target_parameters": sorted(f"{n}.weight" for n in linear)}):
+        model = Outer()
+        with pytest.warns(UserWarning, match="SVF left alone") as told:
+            model = get_peft_model(model, SVFConfig(**targets))
+        adapted = {layer.key for layer in model.base_model.layers()}
+        free = {"block.free", "blocks.0.free", "blocks.1.free", "tower.2", "seen"}
+        assert adapted == free
+        text = str(next(w.message for w in told if "left alone" in str(w.message)))
+        said = dict(re.findall(r"([\w.]+?)(?:\.weight)? \((\w+) reads its weight itself\)", text))
+        assert said.keys() == linear - free
+        assert {name for name, by in said.items() if by == "Inner"} == {"block.proj", "blocks.0.proj", "blocks.1.proj"}
+        assert set(said.values()) == {"Inner", "Outer"}
 
 
 def test_parameters_that_are_left_alone_are_said():

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -196,8 +196,22 @@ def _write(path: Path, basis: Basis) -> None:
     os.replace(aside, path)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as problem:
+        raise ValueError(f"{path} is damaged ({problem}); remove it, or get it again") from None
+
+
 def _read(path: Path, top_k: int | None) -> Basis:
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         vectors, values = file.get_slice("vectors"), file.get_tensor("values")
         return Basis(vectors[..., : top_k or values.shape[-1]].contiguous(), values[..., : top_k or None])
 
@@ -254,8 +268,14 @@ def _solve_into(path: Path, matrix: Matrix, options: DecompositionOptions) -> No
 
 
 def _solved(matrix: Matrix, options: DecompositionOptions) -> Basis:
-    """Its weight is let go of before the next one is read."""
+    """Its weight is let go of before the next one is read.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
     weight = matrix.load()
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{matrix.name} has values that are not finite; it cannot be decomposed")
     return solve(matrix.as_matrix(weight), options.solver, options.device, _kept_dtype(weight.dtype))
 
 
@@ -327,7 +347,7 @@ def checkpoint_tensors(folder: str | Path, model: nn.Module | None = None) -> di
     """
     found: dict[str, Callable[[], Tensor]] = {}
     for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             found.update({name: functools.partial(_tensor, path, name) for name in file.keys()})  # noqa: SIM118
     if not found:
         raise FileNotFoundError(f"{folder} holds no safetensors file; give the folder of a checkpoint")
@@ -372,5 +392,5 @@ def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Callable[[], Tensor]]) -
 
 
 def _tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return file.get_tensor(name)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svf import decompose, spectral
@@ -34,6 +34,26 @@ WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "b
 
 Weight = float | Mapping[str, float]
 """How much of an expert: a number, or numbers by pattern of parameter names, the first match counts."""
+
+
+def check_folder(folder: str | Path) -> SVFConfig:
+    """The configuration of the expert in a folder.
+
+    Raises:
+        FileNotFoundError: where it holds no expert.
+        ValueError: where it holds an adapter of another kind, or a damaged one.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} is no expert: it has no {name}")
+    try:
+        kind = json.loads((Path(folder) / CONFIG).read_text()).get("peft_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{Path(folder) / CONFIG} is no configuration of an adapter") from None
+    if kind != "SVF":
+        raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
+    with decompose.opened(Path(folder) / WEIGHTS):
+        return SVFConfig.from_pretrained(str(folder))
 
 
 @dataclass
@@ -51,21 +71,18 @@ class Expert:
             FileNotFoundError: where it holds no expert.
             ValueError: where it holds an adapter of another kind, or one that saved whole modules with it.
         """
+        config = check_folder(folder)
         folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no expert: it has no {name}")
-        kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
-        if kind != "SVF":
-            raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
         z = {}
-        for key, tensor in load_file(folder / WEIGHTS).items():
+        with decompose.opened(folder / WEIGHTS) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key, tensor in tensors.items():
             if ".svf_z" in key and not key.rpartition(".")[2].startswith("svf_z"):
                 continue  # PEFT before 0.20 wrote every adapter of the model into each one's file, by its name
             if ".svf_z" not in key:
                 raise ValueError(f"{folder} also saved {key} in full; load it with PeftModel.from_pretrained")
             z[_parameter_name(key)] = tensor
-        return cls(z, SVFConfig.from_pretrained(str(folder)))
+        return cls(z, config)
 
     def save(self, folder: str | Path) -> None:
         """Writes an adapter folder that `PeftModel.from_pretrained` loads."""
@@ -459,10 +476,15 @@ def expert_folder(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    return _fetched(source, [CONFIG, WEIGHTS])
+
+
+def _fetched(source: str | Path, patterns: list[str]) -> Path:
+    """Folder of something on the Hub."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as problem:
         why = type(problem).__name__
         raise FileNotFoundError(f"{source} is no folder, and could not be fetched from the Hub ({why})") from None
@@ -622,6 +644,7 @@ def base_folder(model: str | Path, weights: bool = True) -> Path:
 
     Raises:
         ValueError: for a file, such as the checkpoint of a CTM.
+        FileNotFoundError: where it is neither a folder nor on the Hub, or the Hub cannot be reached.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -630,10 +653,7 @@ def base_folder(model: str | Path, weights: bool = True) -> Path:
             f"{model} names a file, not a folder or a model of the Hub; merge an expert of a CTM in Python with "
             f'PeftModel.from_pretrained(ctm.load("{model}"), EXPERT).merge_and_unload()'
         )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-    return Path(snapshot_download(str(model), allow_patterns=patterns))
+    return _fetched(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])])
 
 
 def skeleton(folder: Path) -> nn.Module:
@@ -647,10 +667,18 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def load_base(folder: Path) -> nn.Module:
+    """The model of a checkpoint folder, in the precision that it is stored in.
+
+    Raises:
+        ValueError: where a file of it is damaged.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    for path in sorted(folder.glob("*.safetensors")):
+        with decompose.opened(path):
+            pass
     return kind.from_pretrained(folder, dtype="auto")
 
 
@@ -680,7 +708,14 @@ def convert_published(path: str | Path, base: str | Path) -> Expert:
     Raises:
         ValueError: where the file is neither, or does not fit the base.
     """
-    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever reading another kind of file runs into
+        stored = {}
+    if not isinstance(stored, dict) or not stored or not all(isinstance(key, str) for key in stored):
+        raise ValueError(f"{path} is neither a policy_params.pt nor a learnable_params.pt")
     folder = base_folder(base)
     model = skeleton(folder)
     shapes = {n: p.shape for n, p in model.state_dict().items() if p.ndim == 2}

@@ -9,6 +9,7 @@ may mix experts by row and by token, also in training (`SVFModel.mix`). Importin
 
 import difflib
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -343,6 +344,8 @@ class SVFModel(BaseTuner):
         self._check_names(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights {', '.join(map(str, weights))} are not all finite")
         configs = [self.peft_config[name] for name in adapters]
         kinds = {(c.parametrization, c.normalize, c.max_mult) for c in configs}
         if space == "published" and (len(kinds) > 1 or configs[0].parametrization != "sigmoid"):
@@ -431,7 +434,10 @@ class SVFModel(BaseTuner):
             self._check_names(list(weights))
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in names])
         elif not isinstance(weights, Tensor):
-            weights = torch.tensor(weights, dtype=torch.float32)
+            try:
+                weights = torch.tensor(weights, dtype=torch.float32)
+            except (TypeError, ValueError):
+                raise ValueError(f"weights={weights!r} are neither numbers nor a dict of them by expert") from None
         if weights.ndim not in ((1, 2, 3) if layers is None else (2, 3)) or weights.shape[-1] != len(names):
             shapes = "(experts,), (rows, experts) or (rows, tokens, experts)"
             shapes = shapes if layers is None else "(layers, experts) or (rows, layers, experts)"

@@ -272,6 +272,10 @@ def test_half_written_files_are_not_read(tmp_path):
     os.utime(aside, (0, 0))
     decompose.fill(big(1), options)
     assert not aside.exists()
+    file = next(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
+        list(decompose.bases(big(1), options, decompose.digests(big(1)), [None]))
     with pytest.raises(ValueError, match="no cache to fill"):
         decompose.fill(big(1), DecompositionOptions(cache=False))
 

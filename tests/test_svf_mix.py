@@ -181,6 +181,11 @@ def test_refusals():
         pass
     with pytest.raises(ValueError, match="do not fit 3 experts"), model.mix(torch.ones(3, 2)):
         pass
+    for weights in ("a", [[1, 0, 0], [1]]):
+        with pytest.raises(ValueError, match="are neither numbers nor a dict of them by expert"), model.mix(weights):
+            pass
+    with pytest.raises(ValueError, match="are not all finite"):
+        model.add_weighted_adapter(["a", "b"], [torch.nan, 1.0], "ab")
     with model.mix(torch.ones(2, 3)), pytest.raises(ValueError, match="weights for 2 rows, the batch has 3"):
         case(model)
     with model.mix(torch.ones(3, 4, 3)), pytest.raises(ValueError, match="weights for 4 tokens a row, the batch has 9"):

@@ -500,6 +500,47 @@ def test_targets():
         adapted(target_modules=["embed_tokens"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"top_k": 0}, "top_k=0 must be a whole number"),
+        ({"parametrization": "sigmoid", "max_mult": 0.0}, "max_mult=0.0 must be a finite number above 0"),
+        ({"init": float("nan")}, "init=nan must be a finite number"),
+        ({"init_std": -1.0}, "init_std=-1.0 must be a finite number"),
+        ({"target_modules": "(.*"}, "is no regular expression"),
+        ({"exclude_modules": "(["}, "is no regular expression"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(settings, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SVFConfig(**settings)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    for value in (torch.nan, -torch.inf):
+        model = nn.Sequential(nn.Linear(4, 6))
+        with torch.no_grad():
+            model[0].weight[2, 1] = value
+        with pytest.raises(ValueError, match=r"^0\.weight has values that are not finite"):
+            get_peft_model(model, SVFConfig(target_modules=["0"]))
+        assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("normalize", ["nuclear", "fro"])
+def test_a_weight_of_zeros_has_no_norm_to_keep(normalize):
+    """Branches start at zero in many models."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    nn.init.zeros_(model[0].weight)
+    model = get_peft_model(model, SVFConfig(target_modules=["0"], parametrization="sigmoid", normalize=normalize))
+    layer, x = model.base_model.model[0], torch.randn(3, 4)
+    assert torch.equal(layer.shift_of("default"), layer.svf_z["default"].sigmoid() - 1)
+    assert torch.equal(model(x), layer.base_layer.bias.expand(3, 6))
+    model(x).sum().backward()
+    assert torch.equal(layer.svf_z["default"].grad, torch.zeros(4))
+
+
 def test_modules_to_save(tmp_path):
     case = Case(llama)
     model = get_peft_model(case.model, SVFConfig(modules_to_save=["lm_head"]))

@@ -226,6 +226,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             made = mix.shifts.get((self.key, name, x.ndim))
             if made is not None and (made.ndim == 1 or len(made) == len(x)):
                 return made
+            d = mix.made(self.key, name, x)
+            if d is not None:
+                if d.ndim > 1:
+                    self.check_rows()
+                return d
         experts = self.experts
         here = [i for i, one in enumerate(mix.names) if one in experts and name in experts[one].kept]
         if not here:

@@ -105,9 +105,10 @@ class SVFModel(BaseTuner):
         """Matched modules that were left alone, and why."""
         self._owners: dict[int, list[str]] = {}
         self._switched: list[SVFLayer] | None = None  # all layers; found when first needed
+        self._alike: list[tuple[tuple[str, str], dict[str, Tensor], int]] | None = None  # see _layers_alike; likewise
         self._checkpointing: list[nn.Module] | None = None  # what may recompute its forward; likewise
         super().__init__(model, config, adapter_name, **kwargs)
-        self._hook = self.model.register_forward_pre_hook(self.mixing.see, with_kwargs=True)
+        self._hook = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
         self._bring_mixtures_along()
 
     def layers(self) -> Iterator[SVFLayer]:
@@ -144,7 +145,7 @@ class SVFModel(BaseTuner):
         Raises:
             ValueError: where no target could be adapted, or the adapter belongs to another base.
         """
-        self.skipped, self._switched, self._checkpointing = {}, None, None
+        self.skipped, self._switched, self._alike, self._checkpointing = {}, None, None, None
         self._owners = _parameter_owners(model)
         before = set(self.layers())
         try:
@@ -171,7 +172,7 @@ class SVFModel(BaseTuner):
 
     def _take_out(self, adapter_name: str, before: set[SVFLayer]) -> None:
         """What an adapter that was refused has left in the model: its z, and layers that were made for it."""
-        self._switched = self._checkpointing = None
+        self._switched = self._alike = self._checkpointing = None
         for parent in list(self.model.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, SVFLayer) and layer not in before:
@@ -258,6 +259,7 @@ class SVFModel(BaseTuner):
         known = [layer.digests[name] for layer, name in lacking]
         for (layer, name), basis in zip(lacking, decompose.bases(matrices, options, known, kept), strict=True):
             layer.set_basis(name, basis)
+        self._alike = None
 
     def _from_checkpoint(self, matrices: list[Matrix], options: DecompositionOptions) -> list[Matrix]:
         where = options.checkpoint or getattr(getattr(self.model, "config", None), "_name_or_path", None)
@@ -405,6 +407,7 @@ class SVFModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         if self.mixing.wanted is not None:
             raise ValueError("adapters cannot be deleted inside a mixture; leave its block first")
+        self._alike = None
         super().delete_adapter(adapter_name)
 
     # Mixtures
@@ -461,6 +464,46 @@ class SVFModel(BaseTuner):
         self._bring_mixtures_along()
         with self.mixing.use(mixture), self._generating():
             yield
+
+    def _see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        self.mixing.see(model, args, kwargs)
+        if self.mixing.current is not None and not torch.is_grad_enabled():
+            self._mix_together(self.mixing.current)
+
+    def _mix_together(self, mix: Mix) -> None:
+        """Makes the shifts of frozen experts for all layers at once, one product instead of one for every layer."""
+        if mix.nothing or mix.layers is not None or mix.weights.ndim > 2 or mix.rows in mix.together:
+            return
+        made = mix.together[mix.rows] = {}
+        configs = [self.peft_config[name] for name in mix.names]
+        if any(config.normalize != "none" for config in configs):
+            return
+        if self._alike is None:
+            self._alike = self._layers_alike()
+        device = mix.weights.device
+        here = [
+            (place, zs, k)
+            for place, zs, k in self._alike
+            if not any(zs[name].requires_grad or zs[name].device != device for name in mix.names)
+        ]
+        if not here:
+            return
+        flat = ((torch.cat([zs[name] for _, zs, _ in here]), c) for name, c in zip(mix.names, configs, strict=True))
+        shifts = torch.stack([spectral.shift(z, z, c.parametrization, "none", c.max_mult) for z, c in flat])
+        parts = (mix.weights.float() @ shifts).split([k for _, _, k in here], dim=-1)
+        made.update(zip((place for place, _, _ in here), parts, strict=True))
+
+    def _layers_alike(self) -> list[tuple[tuple[str, str], dict[str, Tensor], int]]:
+        """Matrices of which every expert adapts all directions: layer and parameter, z by expert, directions."""
+        return [
+            ((layer.key, name), layer.z(name)._parameters, k)
+            for layer in self.layers()
+            for name in layer.names()
+            if (basis := layer.basis(name)) is not None and basis.ndim == 2
+            for k in basis.shape[-1:]
+            if all(one in layer.experts and layer.experts[one].kept.get(name) == k for one in self.peft_config)
+        ]
 
     @contextmanager
     def _generating(self) -> Iterator[None]:

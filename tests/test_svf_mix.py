@@ -58,6 +58,32 @@ def test_rows_are_as_one_by_one(case, form):
         assert relative(case(model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["alike", "truncated", "normalised", "trained", "by parametrization"])
+def test_mixtures_made_for_all_layers_at_once(case, kind):
+    """Without gradients: the same as layer by layer, of the z of now, for whatever layers that can be done."""
+    model = experts(case)
+    if kind in ("truncated", "normalised", "by parametrization"):
+        settings = {"truncated": {"top_k": 3}, "normalised": {"normalize": "fro"}}.get(kind, {"parametrization": "exp"})
+        model.delete_adapter("c")
+        model.add_adapter("c", SVFConfig(**case.targets | settings))
+        perturb(model, "c", by=0.2, seed=3)
+    model.requires_grad_(False)
+    if kind == "trained":
+        next(iter(zs(model, "b").values())).requires_grad_(True)
+    for weights in (torch.tensor([0.2, -0.3, 0.8]), torch.rand(3, 3)):
+        for _ in range(2):
+            with model.mix(weights):
+                expected = case(model)  # with gradients every layer makes its own
+                with torch.no_grad():
+                    assert relative(case(model), expected) < 1e-6
+                    assert relative(case(model), expected) < 1e-6
+                made = model.base_model.mixing.wanted.together[len(weights) if weights.ndim > 1 else None]
+            sizes = [layer.basis("weight").shape[-1] for layer in model.base_model.layers()]
+            number = {"truncated": sum(k <= 3 for k in sizes), "normalised": 0, "trained": len(sizes) - 1}
+            assert len(made) == number.get(kind, len(sizes))
+            perturb(model, "a", by=0.1, seed=4)
+
+
 def test_zero_weights_are_the_base(case):
     model = experts(case)
     with model.disable_adapter():

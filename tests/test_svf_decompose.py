@@ -155,12 +155,13 @@ class Live:
 )
 def test_one_matrix_in_memory_at_a_time(tmp_path, monkeypatch, dtype, hashed):
     """Threads that only hash hold as many as are no more bytes than one in fp64."""
-    live, size = Live(), 512
+    live, size = Live(), 128
 
     def load(seed):
         return live.add(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(decompose, "CACHE_FROM", size)
     matrices = [Matrix(f"m{i}", (size, size), functools.partial(load, i)) for i in range(8)]
     options = DecompositionOptions(cache=str(tmp_path))
     known = decompose.digests(matrices)

@@ -158,7 +158,9 @@ def test_one_matrix_in_memory_at_a_time(tmp_path, monkeypatch, dtype, hashed):
     live, size = Live(), 128
 
     def load(seed):
-        return live.add(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype))
+        weight = live.add(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype))
+        time.sleep(0.005)  # so that threads overlap
+        return weight
 
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(decompose, "CACHE_FROM", size)

@@ -23,6 +23,7 @@ def main() -> None:
         from tasks.repeat import repeat
 
         return repeat(sys.argv[2:])
+    import svf  # noqa: F401 (first: it keeps what PEFT imports from talking)
     from tasks import cli
     from tasks.run import UserError, fail
 

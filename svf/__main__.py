@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from svf import experts
 from svf.adapt import Adaptive, FewShot
+from svf.config import SVFConfig
 from svf.decompose import DecompositionOptions
 from svf.search import METHODS
 
@@ -21,12 +22,15 @@ ASSETS = Path(__file__).parent / "assets"
 def decompose(args: argparse.Namespace) -> None:
     if args.checkpoint_dtype is not None and args.checkpoint_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {args.checkpoint_dtype} is none of float32, bfloat16, float16")
-    targets = args.targets[0] if len(args.targets) == 1 else args.targets
+    if args.targets is None and args.target_parameters is None:
+        args.targets = ["all-linear"]
+    targets = args.targets[0] if args.targets is not None and len(args.targets) == 1 else args.targets
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
         targets = [targets]
     options = DecompositionOptions(args.solver, args.device, args.cache or True)
     dtype = getattr(torch, args.checkpoint_dtype) if args.checkpoint_dtype else None
-    found = experts.fill_cache(args.model, targets, options, dtype)
+    config = SVFConfig(target_modules=targets, target_parameters=args.target_parameters)
+    found = experts.fill_cache(args.model, config, options, dtype)
     print(f"basis {found} in {options.folder}")
 
 
@@ -36,22 +40,31 @@ TOKENIZER = ("token*", "*.model", "vocab*", "merges*", "special*", "chat_templat
 def with_expert(args: argparse.Namespace) -> tuple[PeftModel, Path]:
     """The expert on its base, and the folder of the base."""
     expert = Path(args.expert)
-    base = args.base or experts.Expert.load(expert).config.base_model_name_or_path
+    config = experts.check_folder(expert)
+    base = args.base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{expert} does not say its base; give it with --base")
     folder = experts.base_folder(base)
     return PeftModel.from_pretrained(experts.load_base(folder), expert), folder
 
 
+def new_folder(path: str) -> None:
+    """Raises ValueError where there is something already."""
+    if Path(path).exists() and not (Path(path).is_dir() and not any(Path(path).iterdir())):
+        raise ValueError(f"{path} is there already; give another folder")
+
+
 def merge(args: argparse.Namespace) -> None:
+    new_folder(args.out)
     model, base = with_expert(args)
-    model.merge_and_unload().save_pretrained(args.out)
+    model.merge_and_unload(safe_merge=True).save_pretrained(args.out)
     for path in [path for pattern in TOKENIZER for path in base.glob(pattern) if path.is_file()]:
         shutil.copy(path, args.out)
     print(f"merged checkpoint in {args.out}")
 
 
 def export(args: argparse.Namespace) -> None:
+    new_folder(args.out)
     kept = experts.export_lora(with_expert(args)[0], args.out, args.rank)
     width = max(map(len, kept))
     for name, share in kept.items():
@@ -60,27 +73,27 @@ def export(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
+    new_folder(args.out)
     expert = experts.convert_published(args.file, args.base)
     expert.save(args.out)
     print(f"expert of {len(expert.z)} matrices in {args.out}")
 
 
 def transfer(args: argparse.Namespace) -> None:
+    new_folder(args.out)
     base = experts.base_folder(args.to, weights=False)
     expert = experts.transfer(
         experts.Expert.load(experts.expert_folder(args.expert)), experts.skeleton(base), args.shuffle
     )
     expert.config.base_model_name_or_path = args.to
-    if Path(args.out).exists():
-        raise ValueError(f"{args.out} is there already; give another folder")
     expert.save(args.out)
     order = "in order" if args.shuffle is None else f"its layers shuffled with seed {args.shuffle}"
     print(f"expert of {len(expert.z)} matrices for {args.to} in {args.out}, {order}")
 
 
 def adapt(args: argparse.Namespace) -> None:
-    if args.save and Path(args.save).exists():
-        raise ValueError(f"{args.save} is there already; give another folder")
+    if args.save:
+        new_folder(args.save)
     if (args.strategy == "few_shot") != (args.examples is not None):
         raise ValueError("few_shot needs --examples FILE, and no other strategy takes them")
     if args.save and args.strategy != "few_shot":
@@ -205,8 +218,15 @@ def device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m svf", description=__doc__, allow_abbrev=False)
+    top = Parser(prog="python -m svf", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="command")
 
     def command(run, text: str, name: str | None = None) -> argparse.ArgumentParser:
@@ -216,7 +236,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(decompose, "Find the bases of a checkpoint once, matrix by matrix; go on where a killed run stopped.")
     sub.add_argument("model", help="folder, or name on the Hub")
-    sub.add_argument("--targets", nargs="+", default=["all-linear"], help="module names, a pattern, or all-linear")
+    sub.add_argument("--targets", nargs="+", help="module names, a pattern, or all-linear (which it is if not given)")
+    sub.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME", help="3-D weights of experts, as mlp.experts.gate_up_proj"
+    )
     sub.add_argument("--cache", help="folder; $SVF_CACHE or ~/.cache/svf if not given")
     sub.add_argument("--solver", default="eigh", choices=["eigh", "svd"])
     sub.add_argument("--device", help="a GPU where there is one, if not given")
@@ -232,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("out", help="folder to write")
         sub.add_argument("--base", help="folder or name; what the expert says if not given")
         if run is export:
-            sub.add_argument("--rank", type=int, default=16)
+            sub.add_argument("--rank", type=positive, default=16)
     sub = command(convert, "Read policy_params.pt or learnable_params.pt of the published implementation.")
     sub.add_argument("file")
     sub.add_argument("out", help="folder to write")

@@ -5,9 +5,10 @@ GPU, small ones elsewhere. Timing needs no true singular vectors, any orthogonal
 `decompose` times the real thing.
 
     accuracy    bf16 logits of merged and unmerged adapters against fp32 arithmetic
-    step        a training step (forward, backward, AdamW) and its peak memory
+    step        a training step (forward, backward, AdamW) and its peak memory; "one_sided experts": rows of several
+                experts, which train at once
     decode      tokens a second of `generate`, and a prefill, without adapter, with, merged, mixed by row
-    switch      changing a mixture, and set_adapter beside PEFT's IA3
+    switch      changing a mixture, with what the first forward after it pays extra, and set_adapter beside PEFT's IA3
     decompose   all linear weights of the model, from weights to bases
     route       32 requests with 32 different mixtures in one batch, beside the same batch with one mixture
     cem         a few-shot search, beside putting every candidate's weights into the model one after another
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -41,6 +43,7 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads":
 LARGE |= {"vocab_size": 128256, "max_position_embeddings": 8192}
 SMALL = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2}
 SMALL |= {"vocab_size": 2048, "max_position_embeddings": 2048}
+EXPERTS = 4
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 
@@ -104,6 +107,18 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def peak() -> float | None:
+    """GiB of GPU memory since `free`; None where there is no GPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if GPU else None
+
+
+def write(path: str) -> None:
+    """All numbers as JSON, which has no NaN: null instead."""
+    whole = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in RESULTS]
+    with open(path, "w") as file:
+        json.dump(whole, file, indent=1, allow_nan=False)
+
+
 def say(part: str, **values) -> None:
     """One line to read, and the same as JSON."""
     shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
@@ -148,7 +163,34 @@ def parity() -> list[str]:
                     if not error < tolerance:
                         wrong.append(f"{name} of {form} off by {error:.2g} ({n_out}x{n_in}, {tokens} tokens, {dtype})")
                 linear = model.unload()
+            wrong += rows_differ(linear, x, upstream, tolerance)
     return wrong
+
+
+def rows_differ(linear: nn.Module, x: Tensor, upstream: Tensor, tolerance: float) -> list[str]:
+    """What is wrong about rows with mixtures of their own, against the rows one by one."""
+    config = SVFConfig(target_modules=["0"], init_std=0.2, decomposition={"cache": False})
+    model = get_peft_model(linear, config, "a")
+    model.add_adapter("b", config)
+    model.set_requires_grad(["a", "b"])
+    weights = torch.rand(len(x), 2, device=DEVICE)
+    zs = [model.base_model.model[0].svf_z[name] for name in "ab"]
+    with model.mix(weights):
+        together = model(x)
+    gradients = torch.autograd.grad(together, zs, upstream)
+    alone = []
+    for i in range(len(x)):
+        with model.mix(weights[i]):
+            alone.append(model(x[i : i + 1]))
+    wanted = torch.autograd.grad(torch.cat(alone), zs, upstream)
+    model.unload()
+    found = []
+    pairs = (("outputs", together, torch.cat(alone)), ("gradients", torch.cat(gradients), torch.cat(wanted)))
+    for name, ours, theirs in pairs:
+        error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+        if not error < tolerance:
+            found.append(f"{name} of mixed rows off by {error:.2g} ({tuple(linear[0].weight.shape)}, {x.dtype})")
+    return found
 
 
 @torch.no_grad()
@@ -213,7 +255,12 @@ def method(name: str, model: nn.Module) -> nn.Module:
     if name == "published":
         return publish(model)
     spectral.FOLD_FROM = float("inf") if "unfolded" in name else 2.0
-    return get_peft_model(model, SVFConfig(target_modules=MLP, form=name.split()[0]))
+    adapted = get_peft_model(model, SVFConfig(target_modules=MLP, form=name.split()[0]))
+    if "experts" in name:
+        for i in range(1, EXPERTS):
+            adapted.add_adapter(str(i), SVFConfig(target_modules=MLP))
+        adapted.set_requires_grad(list(adapted.peft_config))
+    return adapted
 
 
 def step(layers: int, batch: int, tokens: int, methods: list[str], times: int, rounds: int) -> None:
@@ -237,16 +284,19 @@ def step(layers: int, batch: int, tokens: int, methods: list[str], times: int, r
             optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=GPU)
             counts[name] = sum(p.numel() for p in parameters)
 
-            def train(adapted=adapted, optimizer=optimizer) -> None:
+            # rows of different experts, all of which train
+            rows = torch.eye(EXPERTS, device=DEVICE)[torch.arange(batch) % EXPERTS] if "experts" in name else None
+
+            def train(adapted=adapted, optimizer=optimizer, rows=rows) -> None:
                 optimizer.zero_grad()
-                adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                with contextlib.nullcontext() if rows is None else adapted.mix(rows):
+                    adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 optimizer.step()
 
             try:
                 taken = seconds(train, times, warm=3)
-                peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else float("nan")
                 results.setdefault(name, []).append(1e3 * taken)
-                memory[name] = max(peak, memory.get(name, 0.0)) if GPU else peak
+                memory[name] = max(peak(), memory.get(name, 0.0)) if GPU else None
             except torch.OutOfMemoryError:
                 say("step", method=name, error="out of memory")
             del optimizer, parameters, train
@@ -333,15 +383,32 @@ def switch(layers: int) -> None:
         adapted = get_peft_model(ia3.unload(), config, "a")
         adapted.add_adapter("b", config)
     say("switch", what="set_adapter of svf", ms=1e3 * seconds(lambda: both(adapted), 50) / 2)
-    weights = torch.rand(32, 2, device=DEVICE)
+    different = torch.rand(32, 2, device=DEVICE)
+    for what, weights in (("of 32 rows", different), ("for all rows", different[0])):
+        alone, first = mixture_change(adapted, weights, 50)
+        say("switch", what=f"mixture {what}", ms=1e3 * alone, with_first_forward_ms=1e3 * (alone + first))
+    merge = 1e3 * seconds(lambda: (adapted.merge_adapter(), adapted.unmerge_adapter()), 3)
+    say("switch", what="merge and unmerge", ms=merge)
+
+
+@torch.no_grad()
+def mixture_change(adapted: nn.Module, weights: Tensor, times: int, warm: int = 3) -> tuple[float, float]:
+    """Seconds: entering a mixture and leaving it, and what the first forward in it takes more than the second one."""
+    ids = torch.zeros(32, 1, dtype=torch.long, device=DEVICE)
+    adapted.requires_grad_(False)  # experts that train are mixed anew in every forward
+
+    def forward() -> None:
+        adapted(input_ids=ids, use_cache=False)
 
     def change() -> None:
         with adapted.mix(weights):
             pass
 
-    say("switch", what="mixture of 32 rows", ms=1e3 * seconds(change, 50))
-    merge = 1e3 * seconds(lambda: (adapted.merge_adapter(), adapted.unmerge_adapter()), 3)
-    say("switch", what="merge and unmerge", ms=merge)
+    more = []
+    for _ in range(warm + times):
+        with adapted.mix(weights):
+            more.append(seconds(forward, 1, warm=0) - seconds(forward, 1, warm=0))
+    return seconds(change, times), statistics.median(more[warm:])
 
 
 def decomposition(layers: int) -> None:
@@ -350,8 +417,7 @@ def decomposition(layers: int) -> None:
     solve(model, "q_proj")  # the first call loads libraries
     taken, adapted = solve(model, "all-linear")
     count = sum(1 for _ in adapted.base_model.layers())
-    peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else float("nan")
-    say("decompose", layers=layers, what="all-linear", matrices=count, s=taken, GiB=peak)
+    say("decompose", layers=layers, what="all-linear", matrices=count, s=taken, GiB=peak())
 
 
 def solve(model: nn.Module, targets: str) -> tuple[float, nn.Module]:
@@ -507,7 +573,16 @@ def by_loading(library: ExpertLibrary, run: Callable[[], object], mixture: Tenso
 
 
 PARTS = ("accuracy", "step", "decode", "switch", "decompose", "route", "cem")
-METHODS = ("one_sided", "one_sided unfolded", "lora r16", "factored", "merged", "full", "published")
+METHODS = (
+    "one_sided",
+    "one_sided unfolded",
+    "lora r16",
+    "factored",
+    "merged",
+    "one_sided experts",
+    "full",
+    "published",
+)
 
 
 def main() -> None:
@@ -560,8 +635,7 @@ def main() -> None:
             step(*map(int, size.split("x")), args.methods, args.times, args.rounds)
             free()
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump(RESULTS, file, indent=1)
+        write(args.out)
 
 
 if __name__ == "__main__":

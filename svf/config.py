@@ -1,5 +1,8 @@
 """SVFConfig, and PEFT's type "SVF"."""
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +61,9 @@ class SVFConfig(PeftConfig):
     form: Form = "auto"
     """How it is computed. one_sided (auto): the base layer, and its input or output rescaled; exact at init, and on a
     quantised base. factored: two factors instead of the weight; fastest for few tokens, not exact. merged: the adapted
-    weight is made in every forward; for reference and for weights that no input can be rescaled for."""
+    weight is made in every forward; for reference and for weights that no input can be rescaled for. Linear layers have
+    all three, quantised ones one_sided alone; convolutions one_sided and merged, grouped ones merged alone;
+    `target_parameters` merged alone. auto takes the first that a layer has; one that it has not is refused."""
     top_k: int | None = None
     """Adapt only so many directions, those of the largest singular values; None for all."""
     init: float | None = None
@@ -83,8 +88,12 @@ class SVFConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k={self.top_k} must be a whole number from 1 on")
+        for name, least in (("max_mult", 1e-30), ("init", -math.inf), ("init_std", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not (least <= value and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must be a finite number{' above 0' if name == 'max_mult' else ''}")
         pattern = (
             isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
         )
@@ -95,6 +104,11 @@ class SVFConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
+            elif isinstance(getattr(self, name), str):
+                try:
+                    re.compile(getattr(self, name))
+                except re.error as problem:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is no regular expression: {problem}") from None
         DecompositionOptions.of(self.decomposition)
         sigmoid = self.parametrization == "sigmoid"
         self.init = (0.1 if sigmoid else 0.0) if self.init is None else self.init
@@ -103,3 +117,9 @@ class SVFConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Without what belongs to this machine or to one loading alone."""
         return {key: value for key, value in super().to_dict().items() if key not in ("decomposition", "check_basis")}
+
+
+def common_form(configs: Iterable[SVFConfig]) -> Form:
+    """The form of all of them; auto where they differ."""
+    forms = {config.form for config in configs}
+    return forms.pop() if len(forms) == 1 else "auto"

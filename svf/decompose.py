@@ -9,8 +9,10 @@ The identity of a basis is that of the weights and of the solver, never of compu
 bits between machines and thread counts, harmlessly.
 """
 
+import copy
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +23,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 SOLVER = "fp64-1"
 """Name and version of what bases are: full fp64 singular vectors, largest value first. Part of the basis hash."""
@@ -103,29 +108,36 @@ class Matrix:
 # Solving
 
 
-def solve(weight: Tensor, solver: str = "eigh", device: str | torch.device | None = None) -> Basis:
-    """The basis of one matrix or a stack of them.
+def solve(
+    weight: Tensor,
+    solver: str = "eigh",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Basis:
+    """The basis of one matrix or a stack of them, in fp64.
 
     Args:
         weight: (..., n_out, n_in), any float dtype.
         solver: "eigh" or "svd".
         device: where to compute; as it is, or on a GPU where there is one, if not given.
+        dtype: of the vectors that are returned.
 
     Returns:
-        fp64, on the device where it was computed. The side is the shorter one; the input side where both are equal.
+        On the device where it was computed, values in fp64. The side is the shorter one; the input side where both are
+        equal.
     """
     if device is None and torch.cuda.is_available() and not weight.is_cuda:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if weight.ndim > 2:  # one at a time: a stack of experts would not fit in fp64
-        parts = [solve(part, solver, device) for part in weight]
+        parts = [solve(part, solver, device, dtype) for part in weight]
         return Basis(*(torch.stack(column) for column in zip(*parts, strict=True)))
     w = weight.detach().to(device=device or weight.device, dtype=torch.float64)
     inputs = side_of(w.shape) == "in"
     if solver == "svd":
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        return Basis(vh.mT.contiguous() if inputs else u, s)
+        return Basis((vh.mT if inputs else u).to(dtype).contiguous(), s)
     squares, vectors = torch.linalg.eigh(w.mT @ w if inputs else w @ w.mT)
-    return Basis(vectors.flip(-1).contiguous(), squares.flip(-1).clamp(min=0).sqrt())
+    return Basis(vectors.flip(-1).to(dtype).contiguous(), squares.flip(-1).clamp(min=0).sqrt())
 
 
 def side_of(shape: tuple[int, ...]) -> str:
@@ -146,8 +158,14 @@ def digest(weight: Tensor) -> str:
 
 
 def digests(matrices: list[Matrix]) -> list[str]:
-    """`digest` of every matrix, in threads (hashing releases the interpreter) that hold one matrix each."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    """`digest` of every matrix, in threads (hashing releases the interpreter) that hold one matrix each: together no
+    more bytes than the largest one takes in fp64, which solving it needs anyway."""
+    if not matrices:
+        return []
+    first = matrices[0].load()
+    at_once = max(1, 8 // first.element_size())
+    del first
+    with ThreadPoolExecutor(min(at_once, 4, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda matrix: digest(matrix.load()), matrices))
 
 
@@ -178,8 +196,22 @@ def _write(path: Path, basis: Basis) -> None:
     os.replace(aside, path)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as problem:
+        raise ValueError(f"{path} is damaged ({problem}); remove it, or get it again") from None
+
+
 def _read(path: Path, top_k: int | None) -> Basis:
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         vectors, values = file.get_slice("vectors"), file.get_tensor("values")
         return Basis(vectors[..., : top_k or values.shape[-1]].contiguous(), values[..., : top_k or None])
 
@@ -232,9 +264,19 @@ def fill(matrices: list[Matrix], options: DecompositionOptions, known: list[str]
 def _solve_into(path: Path, matrix: Matrix, options: DecompositionOptions) -> None:
     if path.exists():  # another run may have been here meanwhile
         return
+    _write(path, _solved(matrix, options))
+
+
+def _solved(matrix: Matrix, options: DecompositionOptions) -> Basis:
+    """Its weight is let go of before the next one is read.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
     weight = matrix.load()
-    basis = solve(matrix.as_matrix(weight), options.solver, options.device)
-    _write(path, Basis(basis.vectors.to(_kept_dtype(weight.dtype)), basis.values))
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{matrix.name} has values that are not finite; it cannot be decomposed")
+    return solve(matrix.as_matrix(weight), options.solver, options.device, _kept_dtype(weight.dtype))
 
 
 def bases(
@@ -258,9 +300,9 @@ def bases(
                 _solve_into(_file(folder, key, matrix), matrix, options)  # a rank without a shared disk
                 yield _read(_file(folder, key, matrix), kept)
                 continue
-            weight = matrix.load()
-            vectors, values = solve(matrix.as_matrix(weight), options.solver, options.device)
-            yield Basis(vectors[..., :kept].to(_kept_dtype(weight.dtype)), values[..., :kept])
+            vectors, values = _solved(matrix, options)
+            yield Basis(vectors[..., :kept].contiguous(), values[..., :kept])
+            del vectors, values
             advance(matrix)
 
 
@@ -274,8 +316,10 @@ def _progress(matrices: list[Matrix], wanted: bool) -> Iterator[Callable[[Matrix
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
+    columns = (*columns, TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, speed_estimate_period=math.inf) as bar:  # a matrix may take longer than its 30 s
         task = bar.add_task("Decomposing", total=total, done=f"0/{len(matrices)}")
+        bar.advance(task, 0)  # the start counts as a sample, so that the first matrix tells the time left
         count = 0
 
         def advance(matrix: Matrix) -> None:
@@ -290,23 +334,52 @@ def _progress(matrices: list[Matrix], wanted: bool) -> Iterator[Callable[[Matrix
 # Checkpoints
 
 
-def checkpoint_tensors(model: str | Path) -> dict[str, Path]:
-    """Every tensor of a checkpoint folder -> the safetensors file that holds it.
+def checkpoint_tensors(folder: str | Path, model: nn.Module | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Name of every tensor of a checkpoint folder -> how to read it, alone.
+
+    Args:
+        folder: with safetensors files.
+        model: of Transformers, also on the meta device, to have its parameters by their own names where they are stored
+            otherwise: the experts of a layer one by one, for example.
 
     Raises:
         FileNotFoundError: where there is no safetensors file.
     """
-    folder = Path(model)
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
+        with opened(path) as file:
+            found.update({name: functools.partial(_tensor, path, name) for name in file.keys()})  # noqa: SIM118
     if not found:
-        raise FileNotFoundError(f"{model} holds no safetensors file; give the folder of a checkpoint")
-    return found
+        raise FileNotFoundError(f"{folder} holds no safetensors file; give the folder of a checkpoint")
+    return found | _converted(found, model) if isinstance(model, PreTrainedModel) else found
 
 
-def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Path]) -> Matrix:
+def _converted(tensors: Mapping[str, Callable[[], Tensor]], model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """Parameters that Transformers makes of several tensors of a checkpoint, or of one with another name."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parts: dict[str, list[tuple[str, str | None]]] = {}
+    for stored in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if name != stored:
+            parts.setdefault(name, []).append((stored, pattern))
+
+    def load(name: str) -> Tensor:
+        (stored, pattern), *_ = parts[name]
+        if pattern is None:
+            return tensors[stored]()
+        converter = copy.deepcopy(by_pattern[pattern])
+        for stored, pattern in parts[name]:
+            converter.add_tensor(name, stored, pattern, tensors[stored])
+        made = converter.convert(name, model=model, config=model.config)[name]
+        return made[0] if isinstance(made, list) else made
+
+    return {name: functools.partial(load, name) for name in parts}
+
+
+def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Callable[[], Tensor]]) -> Matrix:
     """The same matrix, read from a checkpoint instead of from a model.
 
     Raises:
@@ -314,10 +387,10 @@ def in_checkpoint(matrix: Matrix, tensors: Mapping[str, Path]) -> Matrix:
     """
     for name in (matrix.name, matrix.name.partition(".")[2], *(f"{p}.{matrix.name}" for p in ("model", "transformer"))):
         if name in tensors:
-            return replace(matrix, load=functools.partial(_tensor, tensors[name], name))
+            return replace(matrix, load=tensors[name])
     raise KeyError(f"the checkpoint has no tensor {matrix.name}")
 
 
 def _tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return file.get_tensor(name)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svf import decompose, spectral
-from svf.config import SVFConfig
+from svf.config import SVFConfig, common_form
 from svf.decompose import DecompositionOptions, Matrix
 from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear
 from svf.tuner import SVFModel
@@ -34,6 +34,26 @@ WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "b
 
 Weight = float | Mapping[str, float]
 """How much of an expert: a number, or numbers by pattern of parameter names, the first match counts."""
+
+
+def check_folder(folder: str | Path) -> SVFConfig:
+    """The configuration of the expert in a folder.
+
+    Raises:
+        FileNotFoundError: where it holds no expert.
+        ValueError: where it holds an adapter of another kind, or a damaged one.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} is no expert: it has no {name}")
+    try:
+        kind = json.loads((Path(folder) / CONFIG).read_text()).get("peft_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{Path(folder) / CONFIG} is no configuration of an adapter") from None
+    if kind != "SVF":
+        raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
+    with decompose.opened(Path(folder) / WEIGHTS):
+        return SVFConfig.from_pretrained(str(folder))
 
 
 @dataclass
@@ -51,21 +71,18 @@ class Expert:
             FileNotFoundError: where it holds no expert.
             ValueError: where it holds an adapter of another kind, or one that saved whole modules with it.
         """
+        config = check_folder(folder)
         folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no expert: it has no {name}")
-        kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
-        if kind != "SVF":
-            raise ValueError(f"{folder} is a {kind} adapter, not an SVF expert")
         z = {}
-        for key, tensor in load_file(folder / WEIGHTS).items():
+        with decompose.opened(folder / WEIGHTS) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key, tensor in tensors.items():
             if ".svf_z" in key and not key.rpartition(".")[2].startswith("svf_z"):
                 continue  # PEFT before 0.20 wrote every adapter of the model into each one's file, by its name
             if ".svf_z" not in key:
                 raise ValueError(f"{folder} also saved {key} in full; load it with PeftModel.from_pretrained")
             z[_parameter_name(key)] = tensor
-        return cls(z, SVFConfig.from_pretrained(str(folder)))
+        return cls(z, config)
 
     def save(self, folder: str | Path) -> None:
         """Writes an adapter folder that `PeftModel.from_pretrained` loads."""
@@ -146,6 +163,7 @@ def mix(experts: Sequence[Expert], weights: Sequence[Weight]) -> Expert:
         normalize="none",
         init=0.0,
         init_std=0.0,
+        form=common_form(expert.config for expert in experts),
         basis_hash=first.basis_hash if same_names else None,  # a union's is found when it is first loaded
     )
     return Expert(total, config)
@@ -445,6 +463,7 @@ class ExpertLibrary:
         changes = {
             "top_k": None if None in kept else max(kept),
             "basis_hash": hashes.pop() if len(hashes) == 1 else None,
+            "form": common_form(self.model.peft_config[name] for name in names),
         }
         return Expert(z, _effective(first, layers, **changes))
 
@@ -457,10 +476,15 @@ def expert_folder(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    return _fetched(source, [CONFIG, WEIGHTS])
+
+
+def _fetched(source: str | Path, patterns: list[str]) -> Path:
+    """Folder of something on the Hub."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as problem:
         why = type(problem).__name__
         raise FileNotFoundError(f"{source} is no folder, and could not be fetched from the Hub ({why})") from None
@@ -620,6 +644,7 @@ def base_folder(model: str | Path, weights: bool = True) -> Path:
 
     Raises:
         ValueError: for a file, such as the checkpoint of a CTM.
+        FileNotFoundError: where it is neither a folder nor on the Hub, or the Hub cannot be reached.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -628,10 +653,7 @@ def base_folder(model: str | Path, weights: bool = True) -> Path:
             f"{model} names a file, not a folder or a model of the Hub; merge an expert of a CTM in Python with "
             f'PeftModel.from_pretrained(ctm.load("{model}"), EXPERT).merge_and_unload()'
         )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-    return Path(snapshot_download(str(model), allow_patterns=patterns))
+    return _fetched(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])])
 
 
 def skeleton(folder: Path) -> nn.Module:
@@ -645,23 +667,30 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def load_base(folder: Path) -> nn.Module:
+    """The model of a checkpoint folder, in the precision that it is stored in.
+
+    Raises:
+        ValueError: where a file of it is damaged.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    for path in sorted(folder.glob("*.safetensors")):
+        with decompose.opened(path):
+            pass
     return kind.from_pretrained(folder, dtype="auto")
 
 
-def checkpoint_matrices(
-    folder: Path, targets: str | list[str] | None, dtype: torch.dtype | None = None
-) -> list[Matrix]:
-    """What an SVF adapter with these targets would decompose, to be read from the checkpoint one at a time.
+def checkpoint_matrices(folder: Path, config: SVFConfig, dtype: torch.dtype | None = None) -> list[Matrix]:
+    """What an adapter of that configuration would decompose, to be read from the checkpoint one at a time.
 
     Raises:
-        KeyError: where the checkpoint stores a weight otherwise than the model holds it.
+        KeyError: where the checkpoint does not hold a weight.
     """
-    model = SVFModel(skeleton(folder), SVFConfig(target_modules=targets), "default")
-    tensors = decompose.checkpoint_tensors(folder)
+    base = skeleton(folder)
+    tensors = decompose.checkpoint_tensors(folder, base)
+    model = SVFModel(base, config, "default")
     found = [decompose.in_checkpoint(layer.matrix(name), tensors) for layer in model.layers() for name in layer.names()]
     return found if dtype is None else [replace(m, load=lambda load=m.load: load().to(dtype)) for m in found]
 
@@ -679,7 +708,14 @@ def convert_published(path: str | Path, base: str | Path) -> Expert:
     Raises:
         ValueError: where the file is neither, or does not fit the base.
     """
-    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever reading another kind of file runs into
+        stored = {}
+    if not isinstance(stored, dict) or not stored or not all(isinstance(key, str) for key in stored):
+        raise ValueError(f"{path} is neither a policy_params.pt nor a learnable_params.pt")
     folder = base_folder(base)
     model = skeleton(folder)
     shapes = {n: p.shape for n, p in model.state_dict().items() if p.ndim == 2}
@@ -706,14 +742,14 @@ def convert_published(path: str | Path, base: str | Path) -> Expert:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
-    tensors = decompose.checkpoint_tensors(folder)
+    tensors = decompose.checkpoint_tensors(folder, model)
     matrices = [decompose.in_checkpoint(Matrix(name, tuple(shapes[name]), lambda: None), tensors) for name in z]
     config.basis_hash = decompose.basis_hash(dict(zip(z, decompose.digests(matrices), strict=True)))
     return Expert({name: vector.detach().float() for name, vector in z.items()}, config)
 
 
-def fill_cache(model: str | Path, targets: str | list[str] | None, options: DecompositionOptions, dtype=None) -> str:
-    """Decomposes a checkpoint into the cache. Returns the basis hash."""
-    matrices = checkpoint_matrices(base_folder(model), targets, dtype)
+def fill_cache(model: str | Path, config: SVFConfig, options: DecompositionOptions, dtype=None) -> str:
+    """Decomposes what an adapter of that configuration needs of a checkpoint into the cache. Returns the basis hash."""
+    matrices = checkpoint_matrices(base_folder(model), config, dtype)
     known = decompose.fill(matrices, options)
     return decompose.basis_hash({m.name: key for m, key in zip(matrices, known, strict=True)})

@@ -99,6 +99,10 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def side(self, name: str) -> str:
         return side_of(self.matrix_shape(name))
 
+    def forms(self) -> tuple[str, ...]:
+        """How it can be computed, "auto" being the first."""
+        return ("one_sided", "factored", "merged")
+
     # Adapters
 
     def parameter(self, name: str) -> Tensor:
@@ -110,7 +114,16 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         return tuple(self.as_matrix(name, torch.empty(parameter.shape, device="meta")).shape)
 
     def update_layer(self, adapter_name: str, config: SVFConfig, names: Sequence[str] | None = None) -> None:
-        """Adds an adapter. Its basis comes later, with those of all layers."""
+        """Adds an adapter. Its basis comes later, with those of all layers.
+
+        Raises:
+            ValueError: where the layer cannot have the form that the configuration asks for.
+        """
+        if config.form not in ("auto", *self.forms()):
+            raise ValueError(
+                f"{self.key} cannot be computed with form={config.form!r}, only with {' or '.join(self.forms())}; use "
+                "form='auto', which takes for every layer what it can have"
+            )
         expert = self.experts.setdefault(adapter_name, _Expert(config, {}))
         for name in names or self.names():
             *stack, n_out, n_in = self.matrix_shape(name)
@@ -213,6 +226,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             made = mix.shifts.get((self.key, name, x.ndim))
             if made is not None and (made.ndim == 1 or len(made) == len(x)):
                 return made
+            d = mix.made(self.key, name, x)
+            if d is not None:
+                if d.ndim > 1:
+                    self.check_rows()
+                return d
         experts = self.experts
         here = [i for i, one in enumerate(mix.names) if one in experts and name in experts[one].kept]
         if not here:
@@ -249,8 +267,8 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.experts:
                 form = self.experts[name].config.form
-                return "one_sided" if form == "auto" else form
-        return "one_sided"
+                return self.forms()[0] if form == "auto" else form
+        return self.forms()[0]
 
     # Merging
 
@@ -350,6 +368,9 @@ class SVFLinear(SVFLayer):
 
     as_stored = as_matrix
 
+    def forms(self) -> tuple[str, ...]:
+        return ("one_sided",) if is_quantized(self.get_base_layer()) else super().forms()
+
     def set_basis(self, name: str, basis: decompose.Basis) -> None:
         super().set_basis(name, basis)
         self.svf_down = self.svf_up = None
@@ -421,6 +442,9 @@ class SVFConv2d(SVFLayer):
     def side(self, name: str) -> str:
         return "out"
 
+    def forms(self) -> tuple[str, ...]:
+        return ("merged",) if self.get_base_layer().groups > 1 else ("one_sided", "merged")
+
     def set_basis(self, name: str, basis: decompose.Basis) -> None:
         """The output side also where it is the longer one: U = W V / s, without the directions that W does not have."""
         if side_of(self.matrix_shape(name)) == "in":
@@ -447,7 +471,7 @@ class SVFConv2d(SVFLayer):
             d = self.shift_for(x)
         if d is None:
             return base(x)
-        if base.groups > 1 or (self.form == "merged" and d.ndim == 1):
+        if self.form == "merged" and d.ndim == 1:
             weight = base.weight
             adapted = spectral.compose(weight.flatten(1), self.svf_basis.to(weight.dtype), d, "out")
             return base._conv_forward(x, adapted.view(weight.shape), base.bias)
@@ -471,6 +495,9 @@ class ParamWrapper(SVFLayer):
 
     def names(self) -> list[str]:
         return [name.removeprefix("svf_z_") for name in self.adapter_layer_names]
+
+    def forms(self) -> tuple[str, ...]:
+        return ("merged",)
 
     def z(self, name: str) -> nn.ParameterDict:
         return getattr(self, f"svf_z_{name}")

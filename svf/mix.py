@@ -28,6 +28,8 @@ class Mix:
     """All weights are zero: the base."""
     shifts: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     """What frozen experts come to in a layer, made once for the whole block."""
+    together: dict[int | None, dict[tuple[str, str], Tensor]] = field(default_factory=dict, repr=False)
+    """The same for many layers, made at once: number of rows, or None -> layer and parameter -> (K,) or (rows, K)."""
 
     @property
     def per_row(self) -> bool:
@@ -44,6 +46,17 @@ class Mix:
         if key not in self.layers:
             raise ValueError(f"the mixture has no weights for {key}; give every adapted layer its place in `layers`")
         return replace(self, weights=self.weights[..., self.layers[key], :], layers=None)
+
+    @property
+    def rows(self) -> int | None:
+        return len(self.weights) if self.per_row else None
+
+    def made(self, key: str, name: str, x: Tensor) -> Tensor | None:
+        """What was made at once for a layer, with as many axes as its input where rows differ."""
+        d = self.together.get(self.rows, {}).get((key, name))
+        if d is None or d.ndim == 1:
+            return d
+        return d.view(len(d), *[1] * (x.ndim - 2), d.shape[-1]) if x.ndim > 2 and len(x) == len(d) else None
 
     def for_batch(self, rows: int, tokens: int | None, repeated: bool) -> "Mix":
         """The same for a batch; `repeated` where `generate` may have copied every row a number of times.
@@ -114,7 +127,7 @@ class Mixing:
             self.wanted = self.current = None
 
     def see(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model: fixes the mixture for this batch."""
+        """Fixes the mixture for a batch, from what the whole model is called with."""
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names must be given to the PEFT model, not to the model inside it")
         if self.wanted is None:

@@ -44,10 +44,12 @@ def shift(z: Tensor, values: Tensor, how: Parametrization, normalize: Normalizat
         return d
     scaled = values * (1 + d)
     if normalize == "nuclear":
-        c = values.sum(-1, keepdim=True) / scaled.sum(-1, keepdim=True)
+        was, now = values.sum(-1, keepdim=True), scaled.sum(-1, keepdim=True)
     else:
-        c = values.square().sum(-1, keepdim=True).sqrt() / scaled.square().sum(-1, keepdim=True).sqrt()
-    return c * (1 + d) - 1
+        was, now = values.square().sum(-1, keepdim=True), scaled.square().sum(-1, keepdim=True)
+    zero = was == 0  # a weight that is zero has no norm to keep
+    c = torch.where(zero, 1, was) / torch.where(zero, 1, now)
+    return (c if normalize == "nuclear" else c.sqrt()) * (1 + d) - 1
 
 
 def compose(weight: Tensor, basis: Tensor, d: Tensor, side: str) -> Tensor:

@@ -7,9 +7,9 @@ may mix experts by row and by token, also in training (`SVFModel.mix`). Importin
 `SVFModel` finds the targets, wraps them (`svf.layers`), gives them their bases (`svf.decompose`) and mixes (`svf.mix`).
 """
 
+import difflib
 import functools
-import inspect
-import re
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,37 +25,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svf import decompose, spectral
-from svf.config import TARGETS, SVFConfig
+from svf.config import TARGETS, SVFConfig, common_form
 from svf.decompose import DecompositionOptions, Matrix
 from svf.layers import ParamWrapper, SVFConv2d, SVFLayer, SVFLinear, is_quantized
 from svf.mix import Mix, Mixing, Replay
+from svf.reads import reader
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which modules can be adapted
-
-
-@functools.cache
-def _reads_weight(kind: type, child: str, weight: str = "weight") -> bool:
-    """Whether the code of a class reads the weight of its child `child` itself, so that wrapping it does nothing.
-
-    `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` with `linear1`, fused state-space
-    layers with their projections. Looking at a weight's dtype or device is not reading it.
-    """
-    harmless = ("__init__", "_init_weights", "reset_parameters", "_reset_parameters", "extra_repr", "__setstate__")
-    path = rf"{re.escape(child)}\.{re.escape(weight)}"
-    read = re.compile(rf"(?<!isinstance\()self\.{path}\b(?!\.(dtype|device|shape|size|ndim|is_))")
-    for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__name__ in ("PreTrainedModel", "Sequential", "ModuleList"):
-            continue
-        for name, member in vars(base).items():
-            if name in harmless or not inspect.isfunction(member):
-                continue
-            try:
-                if read.search(inspect.getsource(member)):
-                    return True
-            except (OSError, TypeError):
-                continue
-    return False
 
 
 @torch.no_grad()
@@ -72,24 +49,31 @@ def _is_linear(module: nn.Linear) -> bool:
     )
 
 
-def _why_not(target: nn.Module, name: str, parent: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+COMPUTED = "its weight is computed in every forward"
+
+
+def _why_not(target: nn.Module, key: str, model: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     """Why a matched module must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
-    if _reads_weight(type(parent), name):
-        return f"{type(parent).__name__} reads its weight itself"
+    if by := reader(model, f"{key}.weight"):
+        return f"{by} reads its weight itself"
+    if _layer_type(target) is not None and "weight" not in target._parameters:
+        return COMPUTED
     if isinstance(target, nn.Linear) and not _is_linear(target):
         return f"{type(target).__name__} is more than a linear layer"
     return _tied(getattr(target, "weight", None), owners)
 
 
-def _why_not_parameter(target: nn.Module, name: str, parent: nn.Module, weight: str, owners) -> str | None:
-    """Why a matched parameter (`weight` of `target`, which is `name` of `parent`) must be left alone, or None."""
+def _why_not_parameter(target: nn.Module, name: str, key: str, model: nn.Module, owners) -> str | None:
+    """Why a matched parameter (`name` of `target`, `key` from the model on) must be left alone, or None."""
     if isinstance(target, BaseTunerLayer):
         return f"adapted already by {type(target).__module__.split('.')[-2]}"
-    if _reads_weight(type(parent), name, weight):
-        return f"{type(parent).__name__} reads its weight itself"
-    return _tied(getattr(target, weight), owners)
+    if by := reader(model, key):
+        return f"{by} reads its weight itself"
+    if name not in target._parameters:
+        return COMPUTED
+    return _tied(getattr(target, name), owners)
 
 
 def _tied(parameter: Any, owners: Mapping[int, list[str]]) -> str | None:
@@ -121,9 +105,10 @@ class SVFModel(BaseTuner):
         """Matched modules that were left alone, and why."""
         self._owners: dict[int, list[str]] = {}
         self._switched: list[SVFLayer] | None = None  # all layers; found when first needed
+        self._alike: list[tuple[tuple[str, str], dict[str, Tensor], int]] | None = None  # see _layers_alike; likewise
         self._checkpointing: list[nn.Module] | None = None  # what may recompute its forward; likewise
         super().__init__(model, config, adapter_name, **kwargs)
-        self._hook = self.model.register_forward_pre_hook(self.mixing.see, with_kwargs=True)
+        self._hook = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
         self._bring_mixtures_along()
 
     def layers(self) -> Iterator[SVFLayer]:
@@ -160,7 +145,7 @@ class SVFModel(BaseTuner):
         Raises:
             ValueError: where no target could be adapted, or the adapter belongs to another base.
         """
-        self.skipped, self._switched, self._checkpointing = {}, None, None
+        self.skipped, self._switched, self._alike, self._checkpointing = {}, None, None, None
         self._owners = _parameter_owners(model)
         before = set(self.layers())
         try:
@@ -172,6 +157,7 @@ class SVFModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        _check_parameters(config.target_parameters or (), self._owners)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.skipped:
             listed = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
@@ -186,7 +172,7 @@ class SVFModel(BaseTuner):
 
     def _take_out(self, adapter_name: str, before: set[SVFLayer]) -> None:
         """What an adapter that was refused has left in the model: its z, and layers that were made for it."""
-        self._switched = self._checkpointing = None
+        self._switched = self._alike = self._checkpointing = None
         for parent in list(self.model.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, SVFLayer) and layer not in before:
@@ -211,7 +197,7 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer) and not isinstance(target, ParamWrapper):
             target.update_layer(adapter_name, peft_config)
             return
-        if why := _why_not(target, target_name, parent, self._owners):
+        if why := _why_not(target, current_key, self.model, self._owners):
             self.skipped[current_key] = why
             return
         kind = _layer_type(target)
@@ -220,8 +206,6 @@ class SVFModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}; SVF adapts Linear, Conv1D (GPT-2) and Conv2d "
                 "modules, and other parameters through target_parameters"
             )
-        if is_quantized(target) and peft_config.form in ("factored", "merged"):
-            raise ValueError(f"{current_key} is quantised, form={peft_config.form!r} needs its weight; use one_sided")
         layer = kind(target, adapter_name, current_key, self.mixing)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -234,11 +218,8 @@ class SVFModel(BaseTuner):
     def _wrap_parameter(self, config, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         layer = next((part for part in (target, parent) if isinstance(part, ParamWrapper)), None)
         if layer is None or parameter_name not in layer.names():
-            module, name, owner = target, target_name, parent
-            if layer is not None:
-                module, (path, _, name) = layer.get_base_layer(), layer.key.rpartition(".")
-                owner = self.model.get_submodule(path)
-            if why := _why_not_parameter(module, name, owner, parameter_name, self._owners):
+            module = target if layer is None else layer.get_base_layer()
+            if why := _why_not_parameter(module, parameter_name, key, self.model, self._owners):
                 self.skipped[key] = why
                 return
         if layer is None:
@@ -278,11 +259,12 @@ class SVFModel(BaseTuner):
         known = [layer.digests[name] for layer, name in lacking]
         for (layer, name), basis in zip(lacking, decompose.bases(matrices, options, known, kept), strict=True):
             layer.set_basis(name, basis)
+        self._alike = None
 
     def _from_checkpoint(self, matrices: list[Matrix], options: DecompositionOptions) -> list[Matrix]:
         where = options.checkpoint or getattr(getattr(self.model, "config", None), "_name_or_path", None)
         try:
-            tensors = decompose.checkpoint_tensors(where or "the base")
+            tensors = decompose.checkpoint_tensors(where or "the base", self.model)
         except FileNotFoundError:
             raise ValueError(
                 "the base is quantised, its bases come from the unquantised weights: give their folder as "
@@ -364,6 +346,8 @@ class SVFModel(BaseTuner):
         self._check_names(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights {', '.join(map(str, weights))} are not all finite")
         configs = [self.peft_config[name] for name in adapters]
         kinds = {(c.parametrization, c.normalize, c.max_mult) for c in configs}
         if space == "published" and (len(kinds) > 1 or configs[0].parametrization != "sigmoid"):
@@ -389,6 +373,7 @@ class SVFModel(BaseTuner):
             normalize="none",
             init=0.0,
             init_std=0.0,
+            form=common_form(configs),
             top_k=None if None in whole else max(whole),
             basis_hash=None,
         )
@@ -422,6 +407,7 @@ class SVFModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         if self.mixing.wanted is not None:
             raise ValueError("adapters cannot be deleted inside a mixture; leave its block first")
+        self._alike = None
         super().delete_adapter(adapter_name)
 
     # Mixtures
@@ -451,7 +437,10 @@ class SVFModel(BaseTuner):
             self._check_names(list(weights))
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in names])
         elif not isinstance(weights, Tensor):
-            weights = torch.tensor(weights, dtype=torch.float32)
+            try:
+                weights = torch.tensor(weights, dtype=torch.float32)
+            except (TypeError, ValueError):
+                raise ValueError(f"weights={weights!r} are neither numbers nor a dict of them by expert") from None
         if weights.ndim not in ((1, 2, 3) if layers is None else (2, 3)) or weights.shape[-1] != len(names):
             shapes = "(experts,), (rows, experts) or (rows, tokens, experts)"
             shapes = shapes if layers is None else "(layers, experts) or (rows, layers, experts)"
@@ -475,6 +464,46 @@ class SVFModel(BaseTuner):
         self._bring_mixtures_along()
         with self.mixing.use(mixture), self._generating():
             yield
+
+    def _see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        self.mixing.see(model, args, kwargs)
+        if self.mixing.current is not None and not torch.is_grad_enabled():
+            self._mix_together(self.mixing.current)
+
+    def _mix_together(self, mix: Mix) -> None:
+        """Makes the shifts of frozen experts for all layers at once, one product instead of one for every layer."""
+        if mix.nothing or mix.layers is not None or mix.weights.ndim > 2 or mix.rows in mix.together:
+            return
+        made = mix.together[mix.rows] = {}
+        configs = [self.peft_config[name] for name in mix.names]
+        if any(config.normalize != "none" for config in configs):
+            return
+        if self._alike is None:
+            self._alike = self._layers_alike()
+        device = mix.weights.device
+        here = [
+            (place, zs, k)
+            for place, zs, k in self._alike
+            if not any(zs[name].requires_grad or zs[name].device != device for name in mix.names)
+        ]
+        if not here:
+            return
+        flat = ((torch.cat([zs[name] for _, zs, _ in here]), c) for name, c in zip(mix.names, configs, strict=True))
+        shifts = torch.stack([spectral.shift(z, z, c.parametrization, "none", c.max_mult) for z, c in flat])
+        parts = (mix.weights.float() @ shifts).split([k for _, _, k in here], dim=-1)
+        made.update(zip((place for place, _, _ in here), parts, strict=True))
+
+    def _layers_alike(self) -> list[tuple[tuple[str, str], dict[str, Tensor], int]]:
+        """Matrices of which every expert adapts all directions: layer and parameter, z by expert, directions."""
+        return [
+            ((layer.key, name), layer.z(name)._parameters, k)
+            for layer in self.layers()
+            for name in layer.names()
+            if (basis := layer.basis(name)) is not None and basis.ndim == 2
+            for k in basis.shape[-1:]
+            if all(one in layer.experts and layer.experts[one].kept.get(name) == k for one in self.peft_config)
+        ]
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -555,6 +584,18 @@ def all_linear(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | SVFLinear) and module is not head and not name.endswith("base_layer")
     }
+
+
+def _check_parameters(targets: Sequence[str], owners: Mapping[int, list[str]]) -> None:
+    """Raises ValueError where no parameter's name is or ends in one of `targets`; PEFT asks only that one does."""
+    names = [name for sharing in owners.values() for name in sharing]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = {".".join(name.split(".")[-1 - target.count(".") :]) for name in names}
+            near = ", ".join(difflib.get_close_matches(target, sorted(ends), n=1))
+            raise ValueError(
+                f"target_parameters: no parameter is called {target!r}{f'; did you mean {near}?' if near else ''}"
+            )
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -14,11 +17,14 @@ import pytest
 import torch
 from conftest import relative
 from peft import PeftModel, get_peft_model
-from svf_models import Case, llama, qwen
+from rich.console import Console
+from rich.progress import Progress
+from svf_models import Case, llama, moe, qwen
 from test_svf_tuner import perturb
 from transformers.pytorch_utils import Conv1D
 
 from svf import SVFConfig, decompose
+from svf.__main__ import parser
 from svf.decompose import DecompositionOptions, Matrix, solve
 from svf.experts import checkpoint_matrices
 
@@ -126,24 +132,66 @@ def test_a_transposed_weight_has_a_basis_of_its_own(tmp_path, monkeypatch):
     assert names == [f"{decompose.SOLVER}-{decompose.digest(w)}{end}.safetensors" for end in ("-T", "")]
 
 
-def test_one_matrix_in_memory_at_a_time(tmp_path):
-    live, most = [0], [0]
+class Live:
+    """Counts the weights that are in memory, and the most that ever were."""
 
-    def load(seed):
-        weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
-        live[0] += 1
-        most[0] = max(most[0], live[0])
-        weakref.finalize(weight, lambda: live.__setitem__(0, live[0] - 1))
+    def __init__(self):
+        self.now = self.most = 0
+        self.lock = threading.RLock()
+
+    def add(self, weight):
+        self._count(1)
+        weakref.finalize(weight, self._count, -1)
         return weight
 
-    matrices = [Matrix(f"m{i}", (512, 512), functools.partial(load, i)) for i in range(8)]
+    def _count(self, n):
+        with self.lock:
+            self.now += n
+            self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hashed"), [(torch.bfloat16, 4), (torch.float32, 2), (torch.float64, 1)], ids=["bf16", "fp32", "fp64"]
+)
+def test_one_matrix_in_memory_at_a_time(tmp_path, monkeypatch, dtype, hashed):
+    """Threads that only hash hold as many as are no more bytes than one in fp64."""
+    live, size = Live(), 128
+
+    def load(seed):
+        weight = live.add(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype))
+        time.sleep(0.005)  # so that threads overlap
+        return weight
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(decompose, "CACHE_FROM", size)
+    matrices = [Matrix(f"m{i}", (size, size), functools.partial(load, i)) for i in range(8)]
     options = DecompositionOptions(cache=str(tmp_path))
     known = decompose.digests(matrices)
-    assert most[0] <= 4  # threads
-    most[0] = 0
-    decompose.fill(matrices, options, known)
-    assert most[0] == 1
-    assert len(list(tmp_path.iterdir())) == 8
+    assert 1 <= live.most <= hashed
+    live.most = 0
+    decompose.fill(matrices[:3], options, known[:3])
+    assert live.most == 1
+    assert len(list(tmp_path.iterdir())) == 3
+    live.most = 0
+    kept = [3, None, 3, None]
+    options = DecompositionOptions(cache=False)
+    for basis, k in zip(decompose.bases(matrices[:4], options, known[:4], kept), kept, strict=True):
+        assert live.most == 1 and live.now == 0
+        assert basis.vectors.dtype == dtype
+        assert basis.vectors.untyped_storage().nbytes() == size * (k or size) * dtype.itemsize
+
+
+def test_the_command_reads_one_matrix_at_a_time(tmp_path, monkeypatch):
+    """Neither the skeleton nor anything else has the model's weights."""
+    monkeypatch.setattr(decompose, "CACHE_FROM", 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    Case(llama).model.save_pretrained(tmp_path / "base")
+    live, read = Live(), decompose._tensor
+    monkeypatch.setattr(decompose, "_tensor", lambda path, name: live.add(read(path, name)))
+    args = parser().parse_args(["decompose", str(tmp_path / "base"), "--cache", str(tmp_path / "cache")])
+    args.run(args)
+    assert len(list((tmp_path / "cache").iterdir())) == 14
+    assert (live.most, live.now) == (1, 0)
 
 
 def test_ranks_share_the_work(tmp_path, monkeypatch):
@@ -227,29 +275,89 @@ def test_half_written_files_are_not_read(tmp_path):
     os.utime(aside, (0, 0))
     decompose.fill(big(1), options)
     assert not aside.exists()
+    file = next(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
+        list(decompose.bases(big(1), options, decompose.digests(big(1)), [None]))
     with pytest.raises(ValueError, match="no cache to fill"):
         decompose.fill(big(1), DecompositionOptions(cache=False))
 
 
-@pytest.mark.parametrize("make", [llama, qwen])
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (llama, {"target_modules": "all-linear"}),
+        (qwen, {"target_modules": "all-linear"}),
+        (moe, {"target_modules": "all-linear", "target_parameters": EXPERTS}),
+        (moe, {"target_parameters": EXPERTS}),
+    ],
+    ids=["llama", "qwen", "moe", "moe-experts"],
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_checkpoint_has_the_hash_of_the_model_loaded_from_it(tmp_path, make, dtype):
+def test_a_checkpoint_has_the_hash_of_the_model_loaded_from_it(tmp_path, make, targets, dtype):
+    """Also where it stores the experts of a layer one by one."""
     case = Case(make)
     case.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    matrices = checkpoint_matrices(tmp_path, "all-linear", dtype)
+    matrices = checkpoint_matrices(tmp_path, SVFConfig(**targets), dtype)
+    assert sum(len(m.shape) == 3 for m in matrices) == (4 if make is moe else 0)
     found = decompose.basis_hash({m.name: decompose.digest(m.load()) for m in matrices})
-    model = get_peft_model(case.model.to(dtype or torch.float32), SVFConfig(target_modules="all-linear"))
+    model = get_peft_model(case.model.to(dtype or torch.float32), SVFConfig(**targets))
     assert model.peft_config["default"].basis_hash == found
 
 
-def test_progress_shows_time_left(capsys):
-    import rich
+def test_the_command_decomposes_the_experts_of_a_layer(tmp_path, monkeypatch, capsys):
+    """The model then finds every basis in the cache."""
+    monkeypatch.setattr(decompose, "CACHE_FROM", 8)
+    case = Case(moe)
+    case.model.save_pretrained(tmp_path / "base")
+    words = ["decompose", str(tmp_path / "base"), "--cache", str(tmp_path / "cache"), "--target-parameters", *EXPERTS]
+    args = parser().parse_args(words)
+    args.run(args)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    monkeypatch.setattr(decompose, "solve", lambda *_: pytest.fail("paid twice"))
+    config = SVFConfig(target_parameters=EXPERTS, decomposition={"cache": str(tmp_path / "cache")})
+    model = get_peft_model(case.model, config)
+    assert model.peft_config["default"].basis_hash in capsys.readouterr().out
+    args = parser().parse_args([*words[:-1], "experts.down_prj"])
+    with pytest.raises(ValueError, match=r"'experts\.down_prj'; did you mean experts\.down_proj\?"):
+        args.run(args)
 
-    matrices = big(2, 64)
-    total = [replace(m, shape=(4096, 4096)) for m in matrices]
-    with decompose._progress(total, True) as advance:
-        for m in total:
-            advance(m)
-    rich.get_console().file.flush()
-    assert "2/2" in capsys.readouterr().out
+
+def test_progress_shows_time_left(monkeypatch):
+    """From the first matrix on, also where one takes longer than a minute; by cost, not by number."""
+    clock, bars = [100.0], []
+
+    def bar(*columns, **settings):
+        console = Console(file=io.StringIO(), force_terminal=True, width=120)
+        settings |= {"console": console, "auto_refresh": False, "get_time": lambda: clock[0]}
+        bars.append(Progress(*columns, **settings))
+        return bars[0]
+
+    def shown():
+        with bars[0].console.capture() as text:
+            bars[0].console.print(bars[0].get_renderable())
+        return " ".join(text.get().split())
+
+    monkeypatch.setattr("rich.progress.Progress", bar)
+    large, small = (Matrix("", (n, n), lambda: None) for n in (8192, 4096))
+    assert large.cost == 8 * small.cost
+    seen = []
+    with decompose._progress([large, small, small, large], True) as advance:
+        for matrix, seconds in ((large, 80), (small, 10), (small, 10), (large, 100)):
+            clock[0] += seconds
+            advance(matrix)
+            seen.append(re.sub(r"\x1b\[[\d;]*m", "", shown()))
+    for line, (done, spent, left) in zip(
+        seen, [(1, "1:20", "1:40"), (2, "1:30", "1:30"), (3, "1:40", "1:20"), (4, "3:20", "0:00")], strict=True
+    ):
+        assert f"{done}/4 0:0{spent} left 0:0{left}" in line
+
+
+def test_no_bar_for_what_is_quick(capsys):
+    with decompose._progress(big(2, 64), True) as advance:
+        advance(big(1, 64)[0])
+    assert capsys.readouterr().out == ""

@@ -269,6 +269,82 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} is no expert: it has no adapter_config.json\n"
 
 
+def refusal(monkeypatch, capsys, *words):
+    """What a command says that ends with exit code 2, in one line."""
+    monkeypatch.setattr(sys, "argv", ["svf", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err.rpartition("\r")[2].splitlines(keepends=True)[-1]  # after the bars of Transformers
+    assert end.value.code == 2
+    assert said.startswith("error: ") and said.endswith("\n")
+    return said.removeprefix("error: ").strip()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+    """Not even by the merged model of the base itself."""
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    case = checkpoint(llama, base)
+    get_peft_model(case.model, SVFConfig(task_type="CAUSAL_LM")).save_pretrained(expert)
+    torch.save({"model.layers.0.mlp.up_proj.weight": torch.zeros(32)}, tmp_path / "l.pt")
+    (tmp_path / "empty").mkdir()
+    before = contents(base), contents(expert)
+    for words in (
+        ("merge", expert, base, "--base", base),
+        ("export", expert, expert, "--base", base),
+        ("convert", tmp_path / "l.pt", expert, "--base", base),
+        ("transfer", expert, expert, "--to", base),
+    ):
+        assert refusal(monkeypatch, capsys, *words) == f"{words[2]} is there already; give another folder"
+    assert (contents(base), contents(expert)) == before
+    svf("export", expert, tmp_path / "empty", "--base", base)
+    assert (tmp_path / "empty" / "adapter_config.json").exists()
+
+
+def test_whole_modules_are_merged_too(tmp_path, monkeypatch, capsys):
+    """Also where the expert says its base itself; and what is not finite is not written."""
+    case = checkpoint(llama, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = get_peft_model(model, SVFConfig(modules_to_save=["lm_head"]))
+    perturb(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path / "expert")
+    expected = case(model)
+    svf("merge", tmp_path / "expert", tmp_path / "merged")
+    assert relative(case(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected) < 1e-5
+    next(iter(zs(model).values())).data[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    assert "merged with default is not finite" in refusal(
+        monkeypatch, capsys, "merge", tmp_path / "nan", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_said(tmp_path, monkeypatch, capsys):
+    base, expert, out = tmp_path / "base", tmp_path / "expert", tmp_path / "out"
+    case = checkpoint(llama, base)
+    get_peft_model(case.model, SVFConfig(task_type="CAUSAL_LM")).save_pretrained(expert)
+    for path, words, said in (
+        (tmp_path / "p.pt", ("convert", tmp_path / "p.pt", out, "--base", base), "is neither a policy_params.pt nor"),
+        (expert / "adapter_model.safetensors", ("merge", expert, out, "--base", base), "is damaged"),
+        (expert / "adapter_config.json", ("merge", expert, out, "--base", base), "is no configuration of an adapter"),
+        (base / "model.safetensors", ("decompose", base), "is damaged"),
+    ):
+        path.write_bytes(b"junk")
+        assert refusal(monkeypatch, capsys, *words).startswith(f"{path} {said}")
+    torch.save([1, 2], tmp_path / "p.pt")
+    assert "is neither a policy" in refusal(monkeypatch, capsys, "convert", tmp_path / "p.pt", out, "--base", base)
+    assert "is no folder" in refusal(monkeypatch, capsys, "decompose", tmp_path / "nowhere")
+    assert "is no regular expression" in refusal(monkeypatch, capsys, "decompose", base, "--targets", "(.*")
+    assert "argument --rank: 0 is less than 1" in refusal(monkeypatch, capsys, "export", expert, out, "--rank", 0)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_file_is_no_base(there, tmp_path, monkeypatch, capsys):
     """The checkpoint of a CTM; also where the expert says it, and it is elsewhere."""

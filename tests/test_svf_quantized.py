@@ -1,19 +1,23 @@
 """A base held in 8 or 4 bits by torchao or bitsandbytes, where they are installed: bases of the unquantised weights."""
 
+import functools
+
 import pytest
 import torch
 from conftest import relative
 from peft import PeftModel, get_peft_model
 from svf_models import Case, llama
 from test_svf_tuner import perturb, zs
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from svf import SVFConfig
 from svf.layers import is_quantized
 
 
-def int8(model):
+def torchao(bits, model):
     quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    int4 = quantization.IntxWeightOnlyConfig(torch.int4, quantization.granularity.PerGroup(32))
+    quantization.quantize_(model, int4 if bits == 4 else quantization.Int8WeightOnlyConfig())
 
 
 def bits(kind, model):
@@ -31,7 +35,12 @@ def bits(kind, model):
         setattr(model.get_submodule(parent), child, new.to("cpu"))
 
 
-QUANTIZERS = {"torchao-int8": int8, "bnb-nf4": lambda model: bits(4, model), "bnb-int8": lambda model: bits(8, model)}
+QUANTIZERS = {
+    "torchao-int8": functools.partial(torchao, 8),
+    "torchao-int4": functools.partial(torchao, 4),
+    "bnb-nf4": functools.partial(bits, 4),
+    "bnb-int8": functools.partial(bits, 8),
+}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -51,7 +60,7 @@ def test_quantized_base(kind, tmp_path):
         get_peft_model(case.model, SVFConfig())
     case = Case(lambda: llama(hidden_size=64, intermediate_size=128))
     QUANTIZERS[kind](case.model)
-    with pytest.raises(ValueError, match="needs its weight; use one_sided"):
+    with pytest.raises(ValueError, match="cannot be computed with form='merged', only with one_sided; use"):
         get_peft_model(case.model, SVFConfig(form="merged", decomposition=where))
 
     case = Case(lambda: llama(hidden_size=64, intermediate_size=128))
@@ -74,3 +83,35 @@ def test_quantized_base(kind, tmp_path):
     again = PeftModel.from_pretrained(model.unload(), tmp_path / "expert", config=config)
     # bitsandbytes multiplies in another way where nothing has a gradient
     assert relative(case(again), adapted) < (1e-6 if kind.startswith("torchao") else 2e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["torchao-int8", "bnb-nf4"])
+def test_an_expert_loads_onto_a_base_that_transformers_quantised(kind, tmp_path):
+    """Its configuration says which folder the unquantised weights are in."""
+    if kind == "torchao-int8":
+        config = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    case = Case(lambda: llama(hidden_size=64, intermediate_size=128))
+    case.model.save_pretrained(tmp_path / "base")
+    plain = case()
+    model = get_peft_model(case.model, SVFConfig())
+    perturb(model)
+    model.save_pretrained(tmp_path / "expert")
+    expected = case(model)
+
+    def quantized():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()
+
+    base = case(quantized())
+    # another one: on some CPUs bitsandbytes packs its weights in the first forward, and state_dict loses them
+    model = PeftModel.from_pretrained(quantized(), tmp_path / "expert")
+    assert relative(case(model), expected) < 1.5 * relative(base, plain) + 0.02
+    assert relative(case(model), base) > 0.05
+    with model.disable_adapter():
+        assert torch.equal(case(model), base)
+    with pytest.raises(ValueError, match="cannot be computed with form='factored', only with one_sided"):
+        model.add_adapter("other", SVFConfig(form="factored"))
+    assert list(model.peft_config) == ["default"]

@@ -1,7 +1,9 @@
 """SVF as a PEFT method: identity, merging, saving, switching, targets, refusals, on every kind of model."""
 
 import json
+import re
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from svf_models import CASES, Case, gpt2, llama, moe, thinker
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from svf import SVFConfig, spectral
@@ -19,6 +22,22 @@ from svf.layers import SVFLayer
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]()
+
+
+FORMS = ["auto", "one_sided", "factored", "merged"]
+every_form = pytest.mark.parametrize("form", ["auto", "factored", "merged"])  # auto is one_sided where there is that
+
+
+def having(case, form):
+    """The case with targets that can have the form."""
+    if (case.name, form) == ("resnet", "factored"):
+        pytest.skip("convolutions have no factored form")
+    if form == "factored":
+        case.targets.pop("target_parameters", None)
+    return case
+
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def zs(model, adapter="default"):
@@ -43,7 +62,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@both_dtypes
 @pytest.mark.parametrize("parametrization", ["residual", "exp"])
 def test_identity_is_exact(case, dtype, parametrization):
     case.model.to(dtype)
@@ -64,9 +83,9 @@ def test_identity_is_exact(case, dtype, parametrization):
     assert same_bits(weights, {name: p.clone() for name, p in model.unload().named_parameters()})
 
 
-@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+@every_form
 def test_forms_agree_with_the_merged_model(case, form):
-    model = adapt(case, form=form)
+    model = adapt(having(case, form), form=form)
     perturb(model)
     adapted = case(model)
     model.merge_adapter()
@@ -77,10 +96,44 @@ def test_forms_agree_with_the_merged_model(case, form):
     assert relative(case(plain), adapted) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["one_sided", "factored", "merged"])
+@every_form
+def test_forms_in_bf16(case, form):
+    """Unmerged, merged and the gradients of z against fp32 arithmetic with the same weights and z, over draws of z."""
+    case.model.to(torch.bfloat16)
+    base = case()
+    model = adapt(having(case, form), form=form)
+    if form != "factored":
+        assert torch.equal(case(model), base)
+    outputs, grads, zero = ([], [], []), ([], []), {name: z.detach().clone() for name, z in zs(model).items()}
+    for seed in range(4):
+        model.load_state_dict(zero, strict=False)
+        perturb(model, by=0.4, seed=seed)
+        state = {name: p.detach().clone() for name, p in model.named_parameters() if "svf_" not in name}
+        outputs[0].append(case(model).float())
+        grads[0].append(gradients(outputs[0][-1], model))
+        model.merge_adapter()
+        outputs[1].append(case(model).float())
+        model.unmerge_adapter()
+        outputs[2].append(case(model.float()))
+        grads[1].append(gradients(outputs[2][-1], model))
+        model.to(torch.bfloat16)
+        assert same_bits(state, {name: p for name, p in model.named_parameters() if "svf_" not in name})
+    unmerged, merged, exact = (torch.stack(found) for found in outputs)
+    assert relative(merged, exact) < 1.2 * relative(unmerged, exact)
+    assert relative(unmerged, exact) < 0.01
+    assert relative(base.expand_as(exact), exact) > 3 * relative(unmerged, exact)
+    assert relative(*map(torch.stack, grads)) < 0.08
+
+
+def gradients(out, model):
+    """Of all z, in one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), list(zs(model).values()))])
+
+
+@every_form
 def test_gradients_of_z_are_those_of_the_formula(case, form):
     """dL/de_i = s_i u_i' G v_i with G the dense gradient of the weight, here by autograd through W'."""
-    model = adapt(case, form=form)
+    model = adapt(having(case, form), form=form)
     perturb(model, by=0.1)
     case(model).float().square().sum().backward()
     found = {name: z.grad.clone() for name, z in zs(model).items()}
@@ -90,6 +143,39 @@ def test_gradients_of_z_are_those_of_the_formula(case, form):
     case(model).float().square().sum().backward()
     for name, z in zs(model).items():
         assert relative(found[name], z.grad, at_least=1e-4) < 1e-3, name
+
+
+def test_a_form_that_a_layer_cannot_have_is_refused():
+    def grouped():
+        return nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+
+    for make, targets, forms in (
+        (lambda: CASES["moe"]().model, {"target_parameters": ["experts.down_proj"]}, ["merged"]),
+        (lambda: CASES["resnet"]().model, CASES["resnet"]().targets, ["one_sided", "merged"]),
+        (grouped, {"target_modules": ["0"]}, ["merged"]),
+        (lambda: CASES["llama"]().model, {}, ["one_sided", "factored", "merged"]),
+    ):
+        for form in FORMS[1:]:
+            model, config = make(), SVFConfig(**targets, form=form)
+            if form in forms:
+                layers = list(get_peft_model(model, config).base_model.layers())
+                assert {layer.form for layer in layers} == {form}
+                continue
+            names = set(model.state_dict())
+            said = rf"cannot be computed with form='{form}', only with {' or '.join(forms)}; use form='auto'"
+            with pytest.raises(ValueError, match=said):
+                get_peft_model(model, config)
+            assert set(model.state_dict()) == names
+        layers = list(get_peft_model(make(), SVFConfig(**targets)).base_model.layers())
+        assert {layer.form for layer in layers} == {forms[0]}
+
+
+def test_a_mixture_of_experts_of_different_forms_is_auto():
+    model = get_peft_model(CASES["resnet"]().model, SVFConfig(target_modules=["shortcut.convolution"]), "a")
+    model.add_adapter("b", SVFConfig(target_modules=["shortcut.convolution"], form="merged"))
+    model.add_weighted_adapter(["a", "b"], [1, 1], "both")
+    model.add_weighted_adapter(["b", "b"], [1, 1], "same")
+    assert (model.peft_config["both"].form, model.peft_config["same"].form) == ("auto", "merged")
 
 
 @pytest.mark.parametrize("tokens", [5, 12, 40, 200])
@@ -112,7 +198,9 @@ def test_rescaling_matches_autograd(tokens, rows, bias):
         assert relative(ours, theirs) < 1e-6  # d's gradient is accumulated in fp32
 
 
-def test_saved_and_loaded(case, tmp_path):
+@both_dtypes
+def test_saved_and_loaded(case, dtype, tmp_path):
+    case.model.to(dtype)
     model = adapt(case)
     perturb(model)
     adapted = case(model)
@@ -377,7 +465,7 @@ def test_top_k(case):
     for form in ("factored", "merged"):
         for layer in model.modules():
             if isinstance(layer, SVFLayer):
-                layer.experts["default"].config.form = form
+                layer.experts["default"].config.form = form if form in layer.forms() else "auto"
         assert relative(case(model), adapted) < 1e-5
     model.add_adapter("all", SVFConfig(**case.targets))
     perturb(model, "all")
@@ -412,6 +500,47 @@ def test_targets():
         adapted(target_modules=["embed_tokens"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"top_k": 0}, "top_k=0 must be a whole number"),
+        ({"parametrization": "sigmoid", "max_mult": 0.0}, "max_mult=0.0 must be a finite number above 0"),
+        ({"init": float("nan")}, "init=nan must be a finite number"),
+        ({"init_std": -1.0}, "init_std=-1.0 must be a finite number"),
+        ({"target_modules": "(.*"}, "is no regular expression"),
+        ({"exclude_modules": "(["}, "is no regular expression"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(settings, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SVFConfig(**settings)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    for value in (torch.nan, -torch.inf):
+        model = nn.Sequential(nn.Linear(4, 6))
+        with torch.no_grad():
+            model[0].weight[2, 1] = value
+        with pytest.raises(ValueError, match=r"^0\.weight has values that are not finite"):
+            get_peft_model(model, SVFConfig(target_modules=["0"]))
+        assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("normalize", ["nuclear", "fro"])
+def test_a_weight_of_zeros_has_no_norm_to_keep(normalize):
+    """Branches start at zero in many models."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    nn.init.zeros_(model[0].weight)
+    model = get_peft_model(model, SVFConfig(target_modules=["0"], parametrization="sigmoid", normalize=normalize))
+    layer, x = model.base_model.model[0], torch.randn(3, 4)
+    assert torch.equal(layer.shift_of("default"), layer.svf_z["default"].sigmoid() - 1)
+    assert torch.equal(model(x), layer.base_layer.bias.expand(3, 6))
+    model(x).sum().backward()
+    assert torch.equal(layer.svf_z["default"].grad, torch.zeros(4))
+
+
 def test_modules_to_save(tmp_path):
     case = Case(llama)
     model = get_peft_model(case.model, SVFConfig(modules_to_save=["lm_head"]))
@@ -437,6 +566,15 @@ def test_kinds_of_linear_layers():
     with pytest.warns(UserWarning, match="Scaled is more than a linear layer"):
         model = get_peft_model(nn.Sequential(Same(6, 4), Scaled(4, 4)), SVFConfig(target_modules="all-linear"))
     assert [layer.key for layer in model.base_model.layers()] == ["0"]
+
+
+def test_computed_weights_are_left_alone():
+    """Merging into one would change nothing."""
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        model = nn.Sequential(OrderedDict(normed=norm(nn.Linear(4, 4)), plain=nn.Linear(4, 4)))
+        with pytest.warns(UserWarning, match=r"normed \(its weight is computed in every forward\)"):
+            model = get_peft_model(model, SVFConfig(target_modules=["normed", "plain"]))
+        assert [layer.key for layer in model.base_model.layers()] == ["plain"]
 
 
 class Reader(nn.Module):
@@ -466,6 +604,67 @@ def test_what_is_left_alone_is_said():
     assert [layer.key for layer in model.modules() if isinstance(layer, SVFLayer)] == ["fine"]
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no target of adapter"):
         get_peft_model(Reader(), SVFConfig(target_modules=["read"]))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.above, self.proj, self.free = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        alias = self.proj
+        weight = alias.weight
+        return self.free(self.above(F.linear(x, weight)))
+
+
+class Outer(nn.Module):
+    """Reads weights of its parts in every way that code does; looks at others."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.blocks = Inner(), nn.ModuleList([Inner(), Inner()])
+        self.tower = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.rows = nn.ModuleDict({"a": nn.Linear(4, 4)})
+        self.first, self.second, self.third, self.seen, self.handed = (nn.Linear(4, 4) for _ in range(5))
+
+    @property
+    def fused(self):
+        a, b = self.first, (self.second if self.training else self.third)
+        return torch.cat([a.weight.data, b.weight])
+
+    def forward(self, x):
+        seen = self.seen.weight
+        if seen is not None and isinstance(seen, torch.Tensor) and x.dtype != seen.dtype:
+            x = x.to(seen.device, self.seen.weight.dtype)
+        for i, block in enumerate(self.blocks):
+            x = x + i * block.above.weight.sum()
+        for row in self.rows.values():
+            x = F.linear(x, row.weight, row.bias)
+        x = self.block(x) @ self.block.above.weight @ self.tower[0].weight
+        return self.product(self.seen(x), part=self.handed) @ self.fused.T
+
+    def product(self, x, part):
+        return x @ part.weight
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.seen.weight)
+
+
+def test_weights_that_are_read_from_anywhere_above_are_left_alone():
+    """By another name, by index, in a loop, in a property, by a module two steps above, handed to another method."""
+    linear = {name for name, module in Outer().named_modules() if isinstance(module, nn.Linear)}
+    for targets in ({"target_modules": "all-linear"}, {"target_parameters": sorted(f"{n}.weight" for n in linear)}):
+        model = Outer()
+        with pytest.warns(UserWarning, match="SVF left alone") as told:
+            model = get_peft_model(model, SVFConfig(**targets))
+        adapted = {layer.key for layer in model.base_model.layers()}
+        free = {"block.free", "blocks.0.free", "blocks.1.free", "tower.2", "seen"}
+        assert adapted == free
+        text = str(next(w.message for w in told if "left alone" in str(w.message)))
+        said = dict(re.findall(r"([\w.]+?)(?:\.weight)? \((\w+) reads its weight itself\)", text))
+        assert said.keys() == linear - free
+        assert {name for name, by in said.items() if by == "Inner"} == {"block.proj", "blocks.0.proj", "blocks.1.proj"}
+        assert set(said.values()) == {"Inner", "Outer"}
 
 
 def test_parameters_that_are_left_alone_are_said():

@@ -94,7 +94,10 @@ def test_recomputation_changes_nothing(recompute, monkeypatch):
     net, read = make(), tokens()
     expected = think(monkeypatch, "auto", net, read)
     again = make(recompute=recompute)
+    ops.clear()
     compare(think(monkeypatch, "auto", again, read), expected)
+    used = [runner.spec.ticks for of_a_kind in ops.runners.values() for runner in of_a_kind]
+    assert sorted(used) == sorted({recompute, 5 % recompute or recompute}), "the parts of a thought take turns with one"
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-7, 1e-5])

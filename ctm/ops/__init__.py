@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,6 +26,8 @@ CHUNK = 25
 
 OF_ATTENTION = ("wq", "bq", "wo", "bo")
 """Names of the weights that only ticks with tokens use."""
+
+OF_STATE = ("z", "trace", "alpha", "beta")
 
 log = logging.getLogger(__name__)
 said: set[str] = set()
@@ -130,14 +131,15 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
     given |= {name: value for name, value in weights.tensors.items() if name not in unused}
     learns = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
     again = learns and bool(c.recompute)
-    keep = learns and not again
+    # With recomputation all parts of a thought take turns with one runner: the first, too, has gradients of its state.
+    needed = [name for name, value in given.items() if value.requires_grad or (again and name in OF_STATE)]
     spec = Spec(
         batch=len(state.z_BD), ticks=len(reads), d_model=c.d_model, d_input=c.d_input, heads=c.heads,
         n_pairs=len(net.sync_action.decay) if c.heads else 0, memory=c.memory_length, hidden=c.nlm_hidden,
         widths=weights.widths, reads=tuple(number[id(read)] for read in reads),
         tokens=tuple(kv.keys.shape[2] for kv in tokens), folded=weights.folded, dropout=weights.dropout,
-        nlm_dropout=weights.nlm_dropout, eps=weights.eps, dtype=weights.dtype, device=device, keep=keep,
-        wanted=tuple(name for name, value in given.items() if learns and value.requires_grad), names=tuple(given),
+        nlm_dropout=weights.nlm_dropout, eps=weights.eps, dtype=weights.dtype, device=device, keep=learns,
+        wanted=tuple(needed) if learns else (), names=tuple(given),
     )  # fmt: skip
     runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
     if runner.weights is not weights:
@@ -316,14 +318,14 @@ class Think(torch.autograd.Function):
 
 
 class ThinkAgain(torch.autograd.Function):
-    """`Think` that keeps nothing of what happened inside, and thinks again in the backward pass, by the same dice."""
+    """`Think` that leaves its buffers to the next thought, and thinks again in the backward pass, by the same dice."""
 
     @staticmethod
     def forward(ctx, runner: Runner, *tensors: Tensor):
         ctx.set_materialize_grads(False)
         z, trace, alpha = runner.forward(dict(zip(runner.spec.names, tensors, strict=True)))
         ctx.save_for_backward(runner.work.seed.clone(), *tensors)
-        ctx.spec, ctx.pairs = replace(runner.spec, keep=True), runner.pairs
+        ctx.spec, ctx.pairs = runner.spec, runner.pairs
         return z.clone(), trace, alpha
 
     @staticmethod

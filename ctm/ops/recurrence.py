@@ -98,6 +98,8 @@ class Recurrence:
         self.site = {name: 2 + i for i, name in enumerate(s.layers)}
         self.packed: dict[str, Tensor] = {}
         self.taken: dict[str, tuple[Tensor, int]] = {}
+        self.ticks_of = {read: self.chosen([r == read for r in s.reads]) for read in set(s.reads)}
+        self.ticks_of_tokens = self.chosen([r >= 0 for r in s.reads])
         if s.keep:
             self.allocate_backward()
 
@@ -128,6 +130,15 @@ class Recurrence:
     def make_trace(self, length: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer (length, B, D) for pre-activations; how it lies in memory is the subclass's matter."""
         return self.zeros(length, self.spec.batch, self.spec.d_model, dtype=dtype or self.spec.dtype)
+
+    def chosen(self, ticks: list[bool]) -> slice | Tensor:
+        """The index of some ticks: neighbours as a slice, others as numbers on the device, brought there before a graph,
+        which cannot, is recorded."""
+        at = [t for t, true in enumerate(ticks) if true]
+        if len(at) == (at[-1] - at[0] + 1 if at else 0):
+            return slice(at[0], at[-1] + 1) if at else slice(0)
+        with torch.inference_mode(False):
+            return torch.tensor(at, device=self.spec.device)
 
     def pad(self, width: int) -> int:
         return -(-width // self.ALIGN) * self.ALIGN
@@ -314,29 +325,22 @@ class Recurrence:
             found["bq"] = self.dq.sum((0, 1), dtype=torch.float32)
             do = self.dx[..., : s.d_input] if s.folded else self.do
             if not s.folded:
-                found["wo"] = self.weight_gradient(
-                    self.of_token_ticks(self.dx[..., : s.d_input]), self.of_token_ticks(self.o)
-                )
-                found["bo"] = self.of_token_ticks(self.dx[..., : s.d_input]).sum((0, 1), dtype=torch.float32)
+                # The other ticks have no part in attention's output projection.
+                of_tokens = self.dx[self.ticks_of_tokens, :, : s.d_input]
+                found["wo"] = self.weight_gradient(of_tokens, self.o[self.ticks_of_tokens])
+                found["bo"] = of_tokens.sum((0, 1), dtype=torch.float32)
             for i in range(len(s.tokens)):
                 if f"keys{i}" in wanted or f"values{i}" in wanted:
-                    at = [t for t, read in enumerate(s.reads) if read == i]
-                    at = slice(at[0], at[-1] + 1) if len(at) == at[-1] - at[0] + 1 else at
+                    at = self.ticks_of[i]
                     q = self.q[at] + self.packed["bq"].to(s.dtype)
                     q, o = (x.unflatten(-1, (s.heads, -1)).permute(1, 2, 0, 3) for x in (q, do[at]))
                     dscore, weight = (x[at].permute(1, 2, 3, 0) for x in (self.dscore[i], self.weight[i]))
                     found[f"keys{i}"], found[f"values{i}"] = dscore @ q, weight @ o
         for j in range(-min(0, *s.reads)):
-            at = [t for t, read in enumerate(s.reads) if read == -1 - j]
-            found[f"vector{j}"] = self.dx[at, :, : s.d_input].sum(0, dtype=torch.float32)
+            found[f"vector{j}"] = self.dx[self.ticks_of[-1 - j], :, : s.d_input].sum(0, dtype=torch.float32)
         if any(name.startswith("n.") for name in wanted):
             found |= self.neuron_gradients()
         return {name: found[name] for name in s.wanted}
-
-    def of_token_ticks(self, values: Tensor) -> Tensor:
-        """The ticks that read tokens; others have no part in attention's output projection."""
-        at = [t for t, read in enumerate(self.spec.reads) if read >= 0]
-        return values if len(at) == len(values) else values[at]
 
     @staticmethod
     def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ class Recurrence:
         return self.zeros(length, self.spec.batch, self.spec.d_model, dtype=dtype or self.spec.dtype)
 
     def chosen(self, ticks: list[bool]) -> slice | Tensor:
-        """The index of some ticks: neighbours as a slice, others as numbers on the device, brought there before a graph,
-        which cannot, is recorded."""
+        """The index of some ticks: neighbours as a slice, others as numbers on the device, made before a graph,
+        which cannot bring them there, is recorded."""
         at = [t for t, true in enumerate(ticks) if true]
         if len(at) == (at[-1] - at[0] + 1 if at else 0):
             return slice(at[0], at[-1] + 1) if at else slice(0)

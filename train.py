@@ -19,11 +19,12 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def main() -> None:
+    import svf  # noqa: F401 (first: it keeps what PEFT imports from talking)
+
     if sys.argv[1:2] == ["repeat"]:
         from tasks.repeat import repeat
 
         return repeat(sys.argv[2:])
-    import svf  # noqa: F401 (first: it keeps what PEFT imports from talking)
     from tasks import cli
     from tasks.run import UserError, fail
 

@@ -278,13 +278,13 @@ class Task(LightningDataModule):
             generator=torch.Generator(),  # its own, so that making the loader draws nothing from the model's
         )
 
-    def _eval_dataloader(self, split: str, **options) -> DataLoader:
+    def _eval_dataloader(self, split: str, kind: type[DataLoader] = DataLoader, **options) -> DataLoader:
         """`options` of the loader, instead of batches of neighbours that the main process makes."""
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
         usual = {"batch_size": self.eval_batch_size, "generator": torch.Generator(), "collate_fn": self.collate}
-        return DataLoader(share, **usual | options)
+        return kind(share, **usual | options)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

@@ -96,7 +96,7 @@ def data_sets(monkeypatch):
     monkeypatch.setattr(image, "PUBLISHED", kinds)
     monkeypatch.setattr(datasets, "MNIST", kinds["mnist"])
     monkeypatch.setattr(datasets, "ImageFolder", Folder)
-    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("train", "val") or os.path.isdir(path))
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("train", "val", "MNIST") or os.path.isdir(path))
 
 
 @pytest.mark.parametrize("task", TASKS)

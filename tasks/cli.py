@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -196,6 +196,12 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs | {"allow_abbrev": False})  # in the parsers it makes for classes, too
 
+    def parse_args(self, args: Sequence[str] | None = None, *others, **options):
+        """jsonargparse hands the null of a class's argument to that class's parser as None, which is a word to it."""
+        if args and not self.exit_on_error:
+            args = [f"{word.removesuffix('=None')}=null" if word.endswith("=None") else word for word in args]
+        return super().parse_args(args, *others, **options)
+
     def error(self, message: str, ex: Exception | None = None):
         if not self.exit_on_error:  # an inner parser: the outer one asks it, and says what matters
             super().error(message, ex)
@@ -236,6 +242,12 @@ def explain(message: str, parser: Parser) -> str:
         name = next(group for group in key.groups() if group).replace("init_args.", "")
         kind = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", value[1]))
         return f"{typed(name) or f'{name}={value[2]}'}: expected {kind}"
+    if union := re.findall(
+        r'arser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] ', text
+    ):
+        name, kinds = union[-1]  # the innermost
+        kinds = [kind.replace("NoneType", "null") for kind in re.findall(r"<class '([\w.]+)'>", kinds)]
+        return f"{typed(name) or name}: expected {' or '.join(kinds)}"
     return text
 
 

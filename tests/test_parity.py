@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from test_run import assert_same_run, checkpoint, ok
 from torch import nn
 
-from ctm import encoders
+from ctm import checkpoint as checkpoint_of
+from ctm import encoders, record
 from ctm.baselines import LSTM, LSTMConfig
 from ctm.early_exit import think_until
 from ctm.loss import beginning, due, paced_loss
@@ -290,6 +291,13 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
             assert torch.equal(p, q), (step, name)
     with pytest.raises(ValueError, match="nothing that trains here is a matrix"):
         Optim(muon=True).configure(nn.LayerNorm(3))
+    model, optimizer = copy.deepcopy((one, both))  # together, as what is trained is copied
+    for both_, net_ in ((both, one), (optimizer, model)):
+        for p in net_.parameters():
+            p.grad = torch.ones_like(p)
+        both_.step()
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), model.parameters(), strict=True))
+    assert not torch.equal(model[1].weight, two[1].weight)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -316,6 +324,31 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     result = json.loads((run / "test.json").read_text())
     assert 1 <= result["test/early_exit_ticks"] < result["test/ticks"] + 4 and result["early_exit_seconds"] > 0
     assert "seconds" not in (run / "metrics.csv").read_text(), "metrics follow from the configuration alone"
+
+
+def test_a_start_from_which_attention_tells_places_apart():
+    """As published but for what is asked for; and a checkpoint brings both options along."""
+
+    def made(place_gain: float, query_std: float) -> Thinker:
+        torch.manual_seed(0)
+        config = CTMConfig(64, 32, 3, 4, 6, 6, "random", synapse_depth=1, memory_length=2, query_std=query_std)
+        return Thinker(encoders.Parity(32, place_gain=place_gain), CTM(config, (16, 2))).eval()
+
+    published, spread = made(1.0, 0.0), made(10.0, 4.0)
+    assert torch.equal(spread.encoder.position.project.weight, 10 * published.encoder.position.project.weight)
+    assert torch.equal(spread.encoder.position.project.bias, published.encoder.position.project.bias)
+    assert torch.equal(spread.net.query.weight, published.net.query.weight)
+    assert float(published.net.query.bias.abs().max()) < 0.5 and 3 < float(spread.net.query.bias.std()) < 5
+    again = checkpoint_of.build(checkpoint_of.describe(spread))
+    assert again.encoder.config == spread.encoder.config and again.net.config == spread.net.config
+
+    def looks(model: Thinker) -> list[float]:
+        """How far a head's attention to 16 equal values is from even, of four heads at the first tick."""
+        with record(model) as seen:
+            model(torch.ones(1, 16))
+        return (seen.attention[0, 0] * 16 - 1).abs().amax(-1).tolist()
+
+    assert max(looks(published)) < 0.2 and min(looks(spread)) > 0.5
 
 
 def test_a_sequence_needs_an_embedding():

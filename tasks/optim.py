@@ -180,4 +180,5 @@ class QuantileClip:
         return {"norms": self.norms, "n": self.n}
 
     def load_state_dict(self, state: dict) -> None:
-        self.norms, self.n = state["norms"], state["n"]
+        if state["norms"] is not None and len(state["norms"]) == self.history:  # another history begins anew
+            self.norms, self.n = state["norms"], state["n"]

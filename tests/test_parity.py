@@ -240,6 +240,12 @@ def test_clipping_by_quantile_by_hand():
         parameter.grad = torch.tensor([6.0, 8.0])
         one([parameter])
         assert float(parameter.grad.norm()) == pytest.approx(8.0, rel=1e-5)  # of 8, 2 and 10
+    other = QuantileClip(0.5, 9)
+    other.load_state_dict(clip.state_dict())
+    for length, limit in ((4.0, 4.0), (8.0, 6.0)):
+        parameter.grad = torch.tensor([0.6, 0.8]) * length
+        other([parameter])
+        assert float(parameter.grad.norm()) == pytest.approx(limit, rel=1e-5)  # of a history of its own
 
 
 def test_weight_decay_leaves_names_out():
@@ -318,6 +324,8 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     curves = (whole / "curves.csv").read_text()
     assert "test/calibration_error_averaged_by_tick,4," in curves and "test/solved_averaged_by_tick,4," in curves
     assert "val/solved_by_tick,4," in curves and "val/solved_averaged_by_tick" not in curves
+    refused = train("task=parity", "run=half", "ckpt_path=last", "trainer.max_steps=14", "model.optim.muon=false")
+    assert refused.returncode == 2 and "cannot be continued by an optimiser of other parts" in refused.stderr
     printed = ok(train("test", "task=parity", "run=half", "ckpt_path=best", "early_exit=0.001"))
     assert "early exit: " in printed
     [run] = (tmp_path / "runs/parity").glob("*-test")

@@ -360,12 +360,13 @@ class CLI(LightningCLI):
         if content and (difference := compare(self.model.state_dict(), content["state_dict"])):
             raise UserError(f"{path} does not fit this model: {difference}")
         self.folder = self._run_folder(Path(path) if path else None)
-        if self.resumes and (states := content.get("optimizer_states")):
+        if self.subcommand == "fit" and (states := content.get("optimizer_states")):
             groups = [states[0]["param_groups"], self.model.configure_optimizers()["optimizer"].param_groups]
             if len({tuple(len(group["params"]) for group in part) for part in groups}) > 1:
                 raise UserError(
                     f"{path} cannot be continued by an optimiser of other parts: leave model.optim.muon and"
-                    " model.optim.no_decay as they were, or begin a new run with its weights by run=NAME"
+                    " model.optim.no_decay as they were, or begin a new run from its weights, without ckpt_path, by"
+                    f" model.base={path}"
                 )
         step = content["global_step"] if content and self.resumes else 0
         wandb_id = content.get("wandb_id") if self.resumes else None

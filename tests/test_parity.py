@@ -113,6 +113,7 @@ def test_pace_by_hand():
     """Three places in four ticks: one is due at once, one from tick 2, the last from tick 3; unasked ones never."""
     expected = [[True, False, False], [True, True, False], [True, True, True], [True, True, True]]
     assert due(4, 3).tolist() == expected
+    assert due(2, 4).tolist() == [[True, True, False, False], [True] * 4]
     assert [int(n) for n in due(75, 64).sum(1)[[0, 1, 36, 73, 74]]] == [1, 2, 32, 64, 64]
     probability = torch.linspace(0.1, 0.9, 12).reshape(1, 4, 3)
     targets = torch.ones(1, 3, dtype=torch.long)

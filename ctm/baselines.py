@@ -9,7 +9,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from ctm.model import Read, Thought, batch_of, every_tick, projected_once, reset_rows
+from ctm.model import Read, Thought, at_least, batch_of, every_tick, projected_once, reset_rows
 from ctm.modules import CrossAttention, KeysValues, certainty
 
 
@@ -33,6 +33,12 @@ class LSTMConfig:
     """Whether its first state is learned; false for zeros."""
     dropout: float = 0.0
     """Dropout in attention and between layers."""
+
+    def __post_init__(self):
+        at_least(1, self, "d_model", "d_input", "layers", "ticks")
+        at_least(0, self, "heads")
+        if self.heads and self.d_input % self.heads:
+            raise ValueError(f"d_input={self.d_input} must be a multiple of heads={self.heads}")
 
 
 class LSTMState(NamedTuple):
@@ -107,6 +113,9 @@ class FFConfig:
     """True averages the tokens (as the published code), False sees all of them (as the paper's maze baseline)."""
     dropout: float = 0.0
     """Dropout after the hidden layer."""
+
+    def __post_init__(self):
+        at_least(1, self, "d_model", "d_input")
 
 
 class FeedForward(nn.Module):

@@ -261,12 +261,17 @@ class Parity(MapEncoder):
         position: embedding of the place.
         place_gain: how many times larger than published the place's part starts. Neighbours differ by half a turn / L,
             little beside the difference of two values.
+
+    Raises:
+        ValueError: without a width, or for a gain of no place.
     """
 
     def __init__(self, d_input: int, position: SequencePosition = "rotational-1d", place_gain: float = 1.0):
         super().__init__()
         if not d_input:
             raise ValueError("a sequence has no features without an embedding: give model.ff.d_input")
+        if place_gain <= 0 or (place_gain != 1 and position == "none"):
+            raise ValueError(f"model.encoder.place_gain={place_gain} must be above 0, and is for a position embedding")
         self.config = {"position": position, "place_gain": place_gain}
         self.embedding = nn.Embedding(2, d_input)
         self.finish(d_input, d_input, POSITIONS[position](d_input))

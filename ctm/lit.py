@@ -67,6 +67,15 @@ class LitCTM(Adapting, LightningModule):
             raise ValueError(
                 f"model.{net}.d_input={width} must be {task.vector_width}, the width of what the task shows"
             )
+        if net != "ff":
+            size = ctm if net == "ctm" else lstm
+            if bool(size.heads) is (task.vector_width is not None):
+                raise ValueError(
+                    f"model.{net}.heads={size.heads}: "
+                    + ("nothing can be attended to in this task; take 0" if size.heads else "this task needs attention")
+                )
+            if size.ticks < task.least_ticks:
+                raise ValueError(f"model.{net}.ticks={size.ticks} must be at least {task.least_ticks} in this task")
         if net == "ff":
             tokens = encoder(width)
             self.model = Thinker(
@@ -93,7 +102,7 @@ class LitCTM(Adapting, LightningModule):
         if adapter is not None:
             self.model = attach(self.model, adapter, base)
             self.train()
-        self.optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
+        self.optim.configure(self)  # refuses what does not fit the parameters, before any work
         self.clip = None if optim.clip_quantile is None else QuantileClip(optim.clip_quantile, optim.clip_history)
 
     def _load_base(self, model: Thinker) -> Thinker:

@@ -70,14 +70,15 @@ def paced_loss(predictions_BTC: Tensor, targets_BP: Tensor, asked_BP: Tensor) ->
 
 
 def due(ticks: int, positions: int, device: torch.device | None = None) -> Tensor:
-    """(T, P), true where a position is due at a tick: by tick t of T, the first t / T of them."""
+    """(T, P), true where a position is due at a tick: by tick t of T, the first t / T of them, rounded up."""
     tick_T, position_P = (torch.arange(n, device=device) for n in (ticks, positions))
     return position_P * ticks < (tick_T[:, None] + 1) * positions
 
 
 @torch.no_grad()
 def beginning(predictions_BTC: Tensor, targets_BP: Tensor, lookahead: int) -> Tensor:
-    """(P,), 1 for the positions that nine of ten samples have right when they are due, and for `lookahead` more.
+    """(P,), 1 for the first positions, each right in more than nine of ten answers given when it is due (samples times
+    ticks), and for `lookahead` more.
 
     A curriculum for the whole batch. A beginning of each sample's own at its best tick, as in `route_loss`, does not
     serve where there are two classes: with T ticks to choose from, chance alone has log2(T) of them right.

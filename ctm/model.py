@@ -33,6 +33,13 @@ from ctm.modules import (
 )
 
 
+def at_least(least: float, config: object, *names: str) -> None:
+    """Refuses a configuration in which one of these numbers is smaller."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
 @dataclass(frozen=True)
 class CTMConfig:
     """Everything that fixes a CTM but its inputs and outputs."""
@@ -77,10 +84,10 @@ class CTMConfig:
     0 keeps all of them."""
 
     def __post_init__(self):
-        sizes = ("d_model", "d_input", "ticks", "n_synch_out", "synapse_depth", "synapse_blocks", "memory_length")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(
+            1, self, "d_model", "d_input", "ticks", "n_synch_out", "synapse_depth", "synapse_blocks", "memory_length"
+        )
+        at_least(0, self, "heads", "n_synch_action", "n_self_pairs", "nlm_hidden", "query_std", "recompute")
         if self.heads and self.d_input % self.heads:
             raise ValueError(f"d_input={self.d_input} must be a multiple of heads={self.heads}")
         if bool(self.heads) != bool(self.n_synch_action):

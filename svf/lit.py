@@ -148,7 +148,7 @@ class LitLM(Adapting, LightningModule):
             if self.experts and task.others:
                 raise ValueError("data.others: which expert should answer them? Give one data.domain")
             self.model = self._adapt(adapter, base)
-        optim.groups(self.named_parameters())  # refuses what names no parameter, before any work
+        optim.configure(self)  # refuses what does not fit the parameters, before any work
         self.model.train()  # Lightning keeps what it finds, and checkpoints are loaded for evaluation
         self.ends = rollout.end_tokens(self.model, self.tokenizer)
         self.pad = self.ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id

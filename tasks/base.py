@@ -65,6 +65,7 @@ class Task(LightningDataModule):
         out_dims: (positions, classes) of a prediction.
         sample_size: what `Encoder.n_tokens` takes.
         vector_width: width of the ready vectors that a model reads; None where it attends to tokens.
+        least_ticks: how many ticks an answer takes.
         lstm_answers_last: whether an LSTM answers (and learns) at its last tick instead of its most certain one.
         lstm_encoder: arguments of the encoder that are others for the LSTM, as published.
         refused: nets that cannot do the task, each with a sentence that says why.
@@ -79,6 +80,7 @@ class Task(LightningDataModule):
     out_dims: tuple[int, int]
     sample_size: tuple[int, ...]
     vector_width: int | None = None
+    least_ticks: int = 1
     lstm_answers_last: bool = False
     lstm_encoder: dict = {}
     refused: dict[str, str] = {}
@@ -278,13 +280,13 @@ class Task(LightningDataModule):
             generator=torch.Generator(),  # its own, so that making the loader draws nothing from the model's
         )
 
-    def _eval_dataloader(self, split: str, **options) -> DataLoader:
+    def _eval_dataloader(self, split: str, kind: type[DataLoader] = DataLoader, **options) -> DataLoader:
         """`options` of the loader, instead of batches of neighbours that the main process makes."""
         dataset = self.dataset(split)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = Subset(dataset, range(rank, len(dataset), world))
         usual = {"batch_size": self.eval_batch_size, "generator": torch.Generator(), "collate_fn": self.collate}
-        return DataLoader(share, **usual | options)
+        return kind(share, **usual | options)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")

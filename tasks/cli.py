@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -196,6 +196,12 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs | {"allow_abbrev": False})  # in the parsers it makes for classes, too
 
+    def parse_args(self, args: Sequence[str] | None = None, *others, **options):
+        """jsonargparse hands the null of a class's argument to that class's parser as None, which is a word to it."""
+        if args and not self.exit_on_error:
+            args = [f"{word.removesuffix('=None')}=null" if word.endswith("=None") else word for word in args]
+        return super().parse_args(args, *others, **options)
+
     def error(self, message: str, ex: Exception | None = None):
         if not self.exit_on_error:  # an inner parser: the outer one asks it, and says what matters
             super().error(message, ex)
@@ -236,6 +242,12 @@ def explain(message: str, parser: Parser) -> str:
         name = next(group for group in key.groups() if group).replace("init_args.", "")
         kind = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", value[1]))
         return f"{typed(name) or f'{name}={value[2]}'}: expected {kind}"
+    if union := re.findall(
+        r'arser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] ', text
+    ):
+        name, kinds = union[-1]  # the innermost
+        kinds = [kind.replace("NoneType", "null") for kind in re.findall(r"<class '([\w.]+)'>", kinds)]
+        return f"{typed(name) or name}: expected {' or '.join(kinds)}"
     return text
 
 
@@ -348,6 +360,14 @@ class CLI(LightningCLI):
         if content and (difference := compare(self.model.state_dict(), content["state_dict"])):
             raise UserError(f"{path} does not fit this model: {difference}")
         self.folder = self._run_folder(Path(path) if path else None)
+        if self.subcommand == "fit" and (states := content.get("optimizer_states")):
+            groups = [states[0]["param_groups"], self.model.configure_optimizers()["optimizer"].param_groups]
+            if len({tuple(len(group["params"]) for group in part) for part in groups}) > 1:
+                raise UserError(
+                    f"{path} cannot be continued by an optimiser of other parts: leave model.optim.muon and"
+                    " model.optim.no_decay as they were, or begin a new run from its weights, without ckpt_path, by"
+                    f" model.base={path}"
+                )
         step = content["global_step"] if content and self.resumes else 0
         wandb_id = content.get("wandb_id") if self.resumes else None
         checkpoints.folder, checkpoints.config = self.folder / "checkpoints", plain

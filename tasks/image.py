@@ -4,7 +4,7 @@ The default data are real handwritten digits that come with scikit-learn, so tha
 torchvision's own sets, or folders of files, one folder a class.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -128,7 +128,7 @@ class Pictures(Dataset):
     def __init__(self, source: Source, members: np.ndarray, transform: Callable, seed: int | None):
         self.source, self.members, self.transform, self.seed = source, members, transform, seed
         self.shuffled = None if seed is None else Shuffled(len(members), seed)
-        self.skipped: set[str] = set()
+        self.skipped = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()  # of all workers
 
     def __len__(self) -> int:
         if self.shuffled:
@@ -139,10 +139,10 @@ class Pictures(Dataset):
         try:
             return self.source.load(i)
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            name = self.source.name(i)
-            if name not in self.skipped:
-                self.skipped.add(name)
-                print(f"skipped: {name} cannot be read ({error}); {len(self.skipped)} so far", flush=True)
+            if not self.skipped[i]:
+                self.skipped[i] = True
+                name, n = self.source.name(i), int(self.skipped.sum())
+                print(f"skipped: {name} cannot be read ({error}); {n} so far", flush=True)
             return None
 
     def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
@@ -161,12 +161,23 @@ class Pictures(Dataset):
             return self.transform(image), int(self.source.labels[i])
 
 
-def readable(samples: list) -> list[Tensor]:
-    """A batch of the images that could be read."""
+def readable(samples: list) -> list[Tensor] | None:
+    """A batch of the images that could be read; None where there are none."""
     samples = [sample for sample in samples if sample is not None]
-    if not samples:
-        raise ValueError("data.root: of a whole batch not one image can be read")
-    return default_collate(samples)
+    return default_collate(samples) if samples else None
+
+
+class Readable(DataLoader):
+    """Leaves out batches of which not one image could be read."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        nothing = True
+        for batch in super().__iter__():
+            if batch is not None:
+                nothing = False
+                yield batch
+        if nothing:
+            raise ValueError("data.root: not one of the images to validate or test on can be read")
 
 
 class ImageTask(Task):
@@ -224,6 +235,8 @@ class ImageTask(Task):
             source = of_arrays(images, labels)
             return of_arrays(images[rest], labels[rest]), (source, test), [str(i) for i in range(10)]
         parts = [self._published(train) if self.name in PUBLISHED else self._folder(train) for train in (True, False)]
+        if len(parts[0][1]) < 2:
+            raise ValueError(f"data.root={self.root}: there is but one class, {parts[0][1][0]!r}, and nothing to tell")
         if parts[0][1] != parts[1][1]:
             odd = sorted(set(parts[0][1]) ^ set(parts[1][1]))[0]
             raise ValueError(f"data.root={self.root}: class {odd!r} is in one of the training and test folders only")
@@ -237,8 +250,9 @@ class ImageTask(Task):
         try:
             found = PUBLISHED[self.name](self.root, train=train, download=True)
             return of_arrays(np.asarray(found.data), np.asarray(found.targets)), list(found.classes)
-        except (OSError, RuntimeError) as error:  # no network, or not all of it
-            reason = f"it is not in {self.root.absolute()} and cannot be downloaded ({error})"
+        except Exception as error:  # torchvision raises many kinds where there is no network, or a damaged file
+            why = str(error) or type(error).__name__
+            reason = f"it cannot be read from {self.root.absolute()}, nor downloaded ({why})"
         raise ValueError(f"data.name={self.name}: {reason}; {self.remedy}")
 
     def _folder(self, train: bool) -> tuple[Source, list[str]]:
@@ -274,7 +288,7 @@ class ImageTask(Task):
         return transforms.Compose([*steps, Normalised(self.kind.mean, self.kind.std)])
 
     def _eval_dataloader(self, split: str) -> DataLoader:
-        return super()._eval_dataloader(split, collate_fn=readable, num_workers=self.num_workers)
+        return super()._eval_dataloader(split, Readable, collate_fn=readable, num_workers=self.num_workers)
 
     def describe(self) -> str:
         counts = ", ".join(f"{len(members):,} {split}" for split, (_, members) in self.parts.items())

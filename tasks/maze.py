@@ -4,7 +4,7 @@ Train, validation and test mazes never share a wall layout, in any orientation: 
 decides which of the three it belongs to (`split_of`).
 """
 
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -272,13 +272,7 @@ class MazeTask(Task):
         self.out_dims, self.sample_size = (route_length, 5), (size, size)
         self.difficulty_name = "route length (moves" + (")" if size < SMALL else ", rounded down to tens)")
         self.sets: dict[str, MazeSet] = {}
-        if self.root:
-            for part in ("train", "test"):
-                path = next((self.root / part).glob("**/*.png"), None)
-                if path is None:
-                    raise ValueError(f"data.root={root}: there are no PNG mazes in {self.root / part}")
-                if (found := len(read_png(path).walls)) != size:
-                    raise ValueError(f"data.root={root}: {path.name} is {found} pixels wide, data.size is {size}")
+        self.files = self._files() if self.root else {}
 
     # ---------------------------------------------------------------------------------------------------------- data
     def dataset(self, split: str) -> MazeSet:
@@ -289,13 +283,25 @@ class MazeTask(Task):
             )
         return self.sets[split]
 
-    @cached_property
-    def files(self) -> dict[str, list[Path]]:
-        """PNG files of each split; read once, to know every layout."""
-        files = {"train": [], "val": [], "test": sorted((self.root / "test").glob("**/*.png"))}
-        tested = {layout_hash(read_png(path).walls) for path in files["test"]}
-        for path in sorted((self.root / "train").glob("**/*.png")):
+    def _files(self) -> dict[str, list[Path]]:
+        """PNG files of each split; every one is read, to know its layout and that it can be."""
+
+        def walls_of(path: Path) -> np.ndarray:
             walls = read_png(path).walls
+            if len(walls) != self.size:
+                raise ValueError(
+                    f"data.root={self.root}: {path.name} is {len(walls)} pixels wide, data.size is {self.size}"
+                )
+            return walls
+
+        found = {part: sorted((self.root / part).glob("**/*.png")) for part in ("train", "test")}
+        for part, paths in found.items():
+            if not paths:
+                raise ValueError(f"data.root={self.root}: there are no PNG mazes in {self.root / part}")
+        files = {"train": [], "val": [], "test": found["test"]}
+        tested = {layout_hash(walls_of(path)) for path in files["test"]}
+        for path in found["train"]:
+            walls = walls_of(path)
             if layout_hash(walls) not in tested:
                 files["val" if split_of(walls) == "val" else "train"].append(path)
         for split, paths in files.items():

@@ -17,7 +17,8 @@ class Optim:
     """How a model is trained."""
 
     muon: bool = False
-    """Muon for the matrices but embeddings, its steps scaled to the size of AdamW's (arXiv 2502.16982)."""
+    """Muon for the matrices but embeddings, its steps scaled to the size of AdamW's (arXiv 2502.16982); AdamW for the
+    rest."""
     lr: float = 1e-4
     """Highest learning rate."""
     warmup: int = 0
@@ -27,7 +28,7 @@ class Optim:
     final_lr: float = 1e-7
     """Learning rate at the end of the cosine and after it."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Of AdamW and Muon."""
     beta2: float = 0.999
     """Of AdamW."""
     eps: float = 1e-8
@@ -48,6 +49,12 @@ class Optim:
             raise ValueError(
                 f"model.optim needs lr > 0 and 0 <= warmup <= steps, got lr={self.lr}, "
                 f"warmup={self.warmup}, steps={self.steps}"
+            )
+
+        if not 0 <= self.beta2 < 1 or min(self.eps, self.weight_decay, self.final_lr) < 0:
+            raise ValueError(
+                f"model.optim needs 0 <= beta2 < 1 and eps, weight_decay and final_lr of at least 0, got "
+                f"beta2={self.beta2}, eps={self.eps}, weight_decay={self.weight_decay}, final_lr={self.final_lr}"
             )
 
     def factor(self, step: int) -> float:
@@ -132,6 +139,9 @@ class MuonAdamW(Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"parts": self.parts}
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._share()
@@ -170,4 +180,5 @@ class QuantileClip:
         return {"norms": self.norms, "n": self.n}
 
     def load_state_dict(self, state: dict) -> None:
-        self.norms, self.n = state["norms"], state["n"]
+        if state["norms"] is not None and len(state["norms"]) == self.history:  # another history begins anew
+            self.norms, self.n = state["norms"], state["n"]

@@ -143,10 +143,13 @@ class QAMNISTTask(Task):
 
     # ---------------------------------------------------------------------------------------------------------- data
     def _mnist(self) -> list[datasets.MNIST] | None:
+        if not (self.root / "MNIST").is_dir():
+            return None
         try:
             return [datasets.MNIST(self.root, train=train) for train in (True, False)]
-        except RuntimeError:  # torchvision's word for "not there"
-            return None
+        except Exception as error:  # torchvision raises many kinds where part of it is not there, or damaged
+            reason = f"MNIST cannot be read from {self.root.absolute()} ({str(error) or type(error).__name__})"
+        raise ValueError(f"data.root: {reason}; its files are {KINDS['mnist'].where}, or take data.source=digits")
 
     @property
     def normalisation(self) -> tuple[float, float]:

@@ -96,7 +96,7 @@ def data_sets(monkeypatch):
     monkeypatch.setattr(image, "PUBLISHED", kinds)
     monkeypatch.setattr(datasets, "MNIST", kinds["mnist"])
     monkeypatch.setattr(datasets, "ImageFolder", Folder)
-    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("train", "val") or os.path.isdir(path))
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name in ("train", "val", "MNIST") or os.path.isdir(path))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -205,11 +205,20 @@ def test_published_models_have_the_published_number_of_parameters(task, n, comma
         (["task=sort", "model.net=ff"], "model.net=ff: sorting is said one number a tick"),
         (["task=qamnist", "model.net=ff"], "model.net=ff: digits and question come one after the other"),
         (["task=sort", "data.n=10"], "model.ctm.d_input=8 must be 10"),
+        (["task=sort", "model.ctm.ticks=7"], "model.ctm.ticks=7 must be at least 8 in this task"),
+        (["task=sort", "model.net=lstm", "model.lstm.heads=2"], "model.lstm.heads=2: nothing can be attended to"),
+        (["task=parity", "model.net=lstm", "model.lstm.heads=0"], "model.lstm.heads=0: this task needs attention"),
+        (["task=parity", "model.lstm.heads=3"], "d_input=64 must be a multiple of heads=3"),
+        (["task=parity", "model.ctm.query_std=-1"], "query_std=-1.0 must be at least 0"),
+        (["task=parity", "model.encoder.place_gain=0"], "model.encoder.place_gain=0.0 must be above 0"),
+        (["task=parity", "data.lookahead=1.5"], "data.lookahead=1.5: expected int or null"),
         (["task=maze", "early_exit=2"], "early_exit=2.0 must be a certainty from 0 to 1"),
         (["task=maze", "early_exit=0.8", "model.net=ff"], "early_exit=0.8: a feed-forward net has one tick"),
         (["task=sort", "early_exit=0.8"], "early_exit=0.8: the answer of sorting is what is said at all ticks"),
         (["task=maze", "model.optim.no_decay=[bais]"], "model.optim.no_decay: 'bais' is in no parameter's name"),
         (["task=maze", "model.optim.clip_quantile=2"], "model.optim.clip_quantile=2.0 must be above 0"),
+        (["task=maze", "model.optim.clip_quantile=x"], "model.optim.clip_quantile=x: expected float or null"),
+        (["task=maze", "model.optim.beta2=1"], "model.optim needs 0 <= beta2 < 1"),
         (["task=image", "data.name=imagenet"], "there is no folder train"),
         (["task=image", "data.size=9"], "data.size=9: the images of digits have 8 pixels a side"),
         (["task=qamnist", "data.source=mnist"], "data.source=mnist: put its files in"),
@@ -234,6 +243,16 @@ def test_mistakes_are_answered_in_one_line(words, message, command, capsys, tmp_
         printed = str(error.value)
     assert message in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_null_takes_an_option_back(command):
+    """At every depth: an argument of the task, of the net's sizes, of the optimiser."""
+    words = ("data.lookahead=null", "model.ctm.nlm_dropout=null", "model.optim.clip_quantile=null")
+    config = resolved(command("task=parity/quick", *words))
+    assert config["data"]["init_args"]["lookahead"] is None
+    assert config["model"]["init_args"]["ctm"]["nlm_dropout"] is None
+    assert config["model"]["init_args"]["optim"]["clip_quantile"] is None
+    assert config["model"]["init_args"]["optim"]["muon"] is True
 
 
 def test_help_explains_the_keys(command, capsys):

@@ -70,7 +70,8 @@ def test_the_split_is_always_the_same():
 
 
 def test_digits_are_normalised():
-    batch = torch.stack([small(augment=False).dataset("train")[i][0] for i in range(500)])
+    dataset = small(augment=False).dataset("train")
+    batch = torch.stack([dataset[i][0] for i in range(500)])
     assert batch.shape == (500, 3, 8, 8) and torch.equal(batch[:, 0], batch[:, 2])
     assert abs(float(batch.mean())) < 0.02 and abs(float(batch.std()) - 1) < 0.02
 
@@ -115,6 +116,10 @@ def test_mnist(tmp_path):
     assert pixels.shape == (3, 28, 28) and label == 7
     raw = np.frombuffer((tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)[7 * 784 : 8 * 784]
     torch.testing.assert_close(pixels[0].flatten() * 0.3081 + 0.1307, torch.from_numpy(raw / 255).float())
+    for content in (b"", b"short" * 10):
+        (tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data.name=mnist: it cannot be read from .*MNIST/raw"):
+            small(name="mnist", root=str(tmp_path))
 
 
 @pytest.mark.parametrize(("name", "n_classes"), [("cifar10", 10), ("cifar100", 100)])
@@ -175,12 +180,39 @@ def test_class_folders_and_a_corrupt_image(tmp_path, capsys):
         assert sum("ant/0.png cannot be read" in line for line in printed) == 1, "named once, in many passes"
 
 
+def test_unreadable_images_are_left_out_alone_and_in_whole_batches(tmp_path, capfd):
+    write_folder(tmp_path)
+    for i in range(7):
+        (tmp_path / f"val/bee/{i}.png").write_bytes(b"no picture")
+    for size, batches in ((1, [1] * 9), (4, [4, 4, 1])):  # a batch of four without one picture is left out
+        loader = small(name="folder", root=str(tmp_path), size=16, eval_batch_size=size).test_dataloader()
+        assert [len(labels) for _, labels in loader] == batches
+    capfd.readouterr()
+    task = small(name="folder", root=str(tmp_path), size=16, eval_batch_size=2, num_workers=2)
+    for _ in range(2):
+        assert sum(len(labels) for _, labels in task.test_dataloader()) == 9
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert len(printed) == 7, "each is named once, in all passes and processes"
+    assert max(int(line.split()[-3]) for line in printed) == 7
+    for path in (tmp_path / "val").glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="not one of the images to validate or test on can be read"):
+        list(small(name="folder", root=str(tmp_path), size=16).test_dataloader())
+
+
 def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"no folder train in .*train/CLASS"):
         small(name="folder", root=str(tmp_path))
     write_folder(tmp_path)
     (tmp_path / "val/bee").rename(tmp_path / "val/cow")
     with pytest.raises(ValueError, match="class 'bee' is in one of the training and test folders only"):
+        small(name="folder", root=str(tmp_path))
+    for path in [*(tmp_path / "train/bee").iterdir()]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no valid file for the classes bee.*train/CLASS"):
+        small(name="folder", root=str(tmp_path))
+    (tmp_path / "train/bee").rmdir()
+    with pytest.raises(ValueError, match="there is but one class, 'ant'"):  # whose certainty would be 0 / 0
         small(name="folder", root=str(tmp_path))
 
 

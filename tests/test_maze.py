@@ -299,6 +299,8 @@ def test_broken_folders_are_named(tmp_path):
         read_png(blank)
     with pytest.raises(ValueError, match="no PNG mazes"):
         small(root=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"blank\.png is not a readable picture"):  # the last of them, before a run
+        small(root=str(tmp_path), size=15)
     blank.unlink()
     with pytest.raises(ValueError, match=r"data\.size is 9"):
         small(root=str(tmp_path))

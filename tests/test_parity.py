@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from test_run import assert_same_run, checkpoint, ok
 from torch import nn
 
-from ctm import encoders
+from ctm import checkpoint as checkpoint_of
+from ctm import encoders, record
 from ctm.baselines import LSTM, LSTMConfig
 from ctm.early_exit import think_until
 from ctm.loss import beginning, due, paced_loss
@@ -112,6 +113,7 @@ def test_pace_by_hand():
     """Three places in four ticks: one is due at once, one from tick 2, the last from tick 3; unasked ones never."""
     expected = [[True, False, False], [True, True, False], [True, True, True], [True, True, True]]
     assert due(4, 3).tolist() == expected
+    assert due(2, 4).tolist() == [[True, True, False, False], [True] * 4]
     assert [int(n) for n in due(75, 64).sum(1)[[0, 1, 36, 73, 74]]] == [1, 2, 32, 64, 64]
     probability = torch.linspace(0.1, 0.9, 12).reshape(1, 4, 3)
     targets = torch.ones(1, 3, dtype=torch.long)
@@ -239,6 +241,12 @@ def test_clipping_by_quantile_by_hand():
         parameter.grad = torch.tensor([6.0, 8.0])
         one([parameter])
         assert float(parameter.grad.norm()) == pytest.approx(8.0, rel=1e-5)  # of 8, 2 and 10
+    other = QuantileClip(0.5, 9)
+    other.load_state_dict(clip.state_dict())
+    for length, limit in ((4.0, 4.0), (8.0, 6.0)):
+        parameter.grad = torch.tensor([0.6, 0.8]) * length
+        other([parameter])
+        assert float(parameter.grad.norm()) == pytest.approx(limit, rel=1e-5)  # of a history of its own
 
 
 def test_weight_decay_leaves_names_out():
@@ -290,6 +298,13 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
             assert torch.equal(p, q), (step, name)
     with pytest.raises(ValueError, match="nothing that trains here is a matrix"):
         Optim(muon=True).configure(nn.LayerNorm(3))
+    model, optimizer = copy.deepcopy((one, both))  # together, as what is trained is copied
+    for both_, net_ in ((both, one), (optimizer, model)):
+        for p in net_.parameters():
+            p.grad = torch.ones_like(p)
+        both_.step()
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), model.parameters(), strict=True))
+    assert not torch.equal(model[1].weight, two[1].weight)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -310,12 +325,39 @@ def test_a_run_goes_on_bit_for_bit_with_its_clipping(train, tmp_path):
     curves = (whole / "curves.csv").read_text()
     assert "test/calibration_error_averaged_by_tick,4," in curves and "test/solved_averaged_by_tick,4," in curves
     assert "val/solved_by_tick,4," in curves and "val/solved_averaged_by_tick" not in curves
+    refused = train("task=parity", "run=half", "ckpt_path=last", "trainer.max_steps=14", "model.optim.muon=false")
+    assert refused.returncode == 2 and "cannot be continued by an optimiser of other parts" in refused.stderr
     printed = ok(train("test", "task=parity", "run=half", "ckpt_path=best", "early_exit=0.001"))
     assert "early exit: " in printed
     [run] = (tmp_path / "runs/parity").glob("*-test")
     result = json.loads((run / "test.json").read_text())
     assert 1 <= result["test/early_exit_ticks"] < result["test/ticks"] + 4 and result["early_exit_seconds"] > 0
     assert "seconds" not in (run / "metrics.csv").read_text(), "metrics follow from the configuration alone"
+
+
+def test_a_start_from_which_attention_tells_places_apart():
+    """As published but for what is asked for; and a checkpoint brings both options along."""
+
+    def made(place_gain: float, query_std: float) -> Thinker:
+        torch.manual_seed(0)
+        config = CTMConfig(64, 32, 3, 4, 6, 6, "random", synapse_depth=1, memory_length=2, query_std=query_std)
+        return Thinker(encoders.Parity(32, place_gain=place_gain), CTM(config, (16, 2))).eval()
+
+    published, spread = made(1.0, 0.0), made(10.0, 4.0)
+    assert torch.equal(spread.encoder.position.project.weight, 10 * published.encoder.position.project.weight)
+    assert torch.equal(spread.encoder.position.project.bias, published.encoder.position.project.bias)
+    assert torch.equal(spread.net.query.weight, published.net.query.weight)
+    assert float(published.net.query.bias.abs().max()) < 0.5 and 3 < float(spread.net.query.bias.std()) < 5
+    again = checkpoint_of.build(checkpoint_of.describe(spread))
+    assert again.encoder.config == spread.encoder.config and again.net.config == spread.net.config
+
+    def looks(model: Thinker) -> list[float]:
+        """How far a head's attention to 16 equal values is from even, of four heads at the first tick."""
+        with record(model) as seen:
+            model(torch.ones(1, 16))
+        return (seen.attention[0, 0] * 16 - 1).abs().amax(-1).tolist()
+
+    assert max(looks(published)) < 0.2 and min(looks(spread)) > 0.5
 
 
 def test_a_sequence_needs_an_embedding():

@@ -123,6 +123,10 @@ def test_mnist_where_it_is_on_the_disk(tmp_path):
     assert [len(labels) for _, labels in task.digits.values()] == [180, 20, 50]
     pictures, _, _ = task.dataset("test")[0]
     assert pictures.shape[1:] == (1, 32, 32)
+    for spoil in (lambda path: path.write_bytes(path.read_bytes()[:99]), lambda path: path.unlink()):
+        spoil(tmp_path / "MNIST/raw/train-images-idx3-ubyte")  # other digits in its place would go unnoticed
+        with pytest.raises(ValueError, match=r"data\.root: MNIST cannot be read from .*MNIST/raw.*data\.source=digits"):
+            small(source="auto", root=str(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", [{"max_digits": 0}, {"max_operations": 0}, {"max_digits": 51}, {"n_test": 15}])

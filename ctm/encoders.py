@@ -266,6 +266,8 @@ class Parity(MapEncoder):
         ValueError: without a width, or for a gain of no place.
     """
 
+    replayable = True
+
     def __init__(self, d_input: int, position: SequencePosition = "rotational-1d", place_gain: float = 1.0):
         super().__init__()
         if not d_input:

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from peft import PeftConfig
 from torch import Tensor
 
-from ctm import checkpoint
+from ctm import checkpoint, ops
 from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
 from ctm.early_exit import think_until
 from ctm.encoders import Encoder
@@ -115,21 +115,34 @@ class LitCTM(Adapting, LightningModule):
 
     def forward(self, *inputs: Tensor, model: Thinker | None = None) -> Thought:
         """The thought (of another model, if one is given), of its ticks those at which an answer is due."""
-        model = model or self.model
-        thought, ticks = model(*inputs), model.encoder.answer_ticks
+        return self._due((model or self.model)(*inputs))
+
+    def _due(self, thought: Thought) -> Thought:
+        ticks = self.model.encoder.answer_ticks
         if ticks is None:
             return thought
         return thought._replace(predictions=thought.predictions[:, -ticks:], certainty=thought.certainty[:, -ticks:])
 
     # ------------------------------------------------------------------------------------------------------ training
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        *inputs, _ = batch
-        thought = self(*inputs)
-        loss = self.task.loss(thought, batch, self.most_certain)
+        loss, thought = self._learn(batch)
         self.log("train/loss", loss, prog_bar=True)
         if self._is_log_step():
             self._log_metrics("train", thought, batch)
         return loss
+
+    def _learn(self, batch) -> tuple[Tensor, Thought]:
+        """Loss and thought of a training batch, as one CUDA graph where all of it only launches kernels."""
+        if not (self.task.replayable and self.model.encoder.replayable):
+            *inputs, _ = batch
+            thought = self(*inputs)
+            return self.task.loss(thought, batch, self.most_certain), thought
+
+        def loss_of(thought: Thought, batch) -> Tensor:
+            return self.task.loss(self._due(thought), batch, self.most_certain)
+
+        loss, seen = ops.learn(self.model, loss_of, batch, self.task, *ops.replay.settings(self.task))
+        return loss, self._due(Thought(*seen, sync=None, state=None))
 
     def _is_log_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0

@@ -73,6 +73,7 @@ class Task(LightningDataModule):
         difficulty_name: what `difficulty` counts, with its unit.
         position_name: what the positions of an answer are.
         collate: makes a batch of samples; None stacks them.
+        replayable: whether its loss only launches kernels, the same for every batch of a shape (`ctm.ops.learn`).
         in_ticks: whether it is solved by thinking in ticks, which pictures can show.
     """
 
@@ -88,6 +89,7 @@ class Task(LightningDataModule):
     difficulty_name: str = "difficulty"
     position_name: str = "position"
     collate: Callable[[list], object] | None = None
+    replayable: bool = False
     in_ticks: bool = True
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):

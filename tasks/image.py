@@ -196,6 +196,8 @@ class ImageTask(Task):
         num_workers: processes that read images; 0 reads them in the main process.
     """
 
+    replayable = True
+
     def __init__(
         self,
         name: Name = "digits",

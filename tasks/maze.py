@@ -236,6 +236,7 @@ class MazeTask(Task):
     """
 
     headline = "reached"
+    replayable = True
     lstm_answers_last = True
     position_name = "move"
 

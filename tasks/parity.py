@@ -60,6 +60,7 @@ class ParityTask(Task):
     """
 
     headline = "solved"
+    replayable = True
     lstm_answers_last = True
     difficulty_name = "number of flips (bits of -1)"
     position_name = "place in the sequence"

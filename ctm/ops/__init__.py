@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 
 import torch
@@ -40,6 +40,41 @@ def mode() -> str:
 def encode(encoder: nn.Module, *inputs: Tensor):
     """`encoder(*inputs)`: tokens, or reads for every tick."""
     return encoder(*inputs) if mode() == "naive" else replay.encode(encoder, *inputs)
+
+
+def learn(model: nn.Module, loss_of: Callable, batch: tuple, *marks: Hashable) -> tuple[Tensor, tuple]:
+    """The loss of a training step, and its thought: `thought = model(*inputs)`, `loss_of(thought, batch)`.
+
+    On a GPU all of it, and the backward pass with it, is one CUDA graph from the second step on; the gradients then
+    wait for `loss.backward()`.
+
+    Args:
+        model: takes the batch but its last part. It and the loss do nothing but launch kernels, the same for all
+            batches of one shape.
+        loss_of: thought and batch -> loss.
+        marks: everything else that the loss depends on.
+
+    Returns:
+        The loss; predictions and certainty, which have no gradients.
+    """
+
+    def step(*batch: Tensor):
+        # Aliases, whose nodes in autograd belong to the stream that is recorded, as those of no older step do.
+        own = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+        thought = torch.func.functional_call(model, own, batch[:-1])
+        loss = loss_of(thought, batch)
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+        return loss.detach(), thought.predictions.detach(), thought.certainty.detach(), gradients, take_recorded()
+
+    free = mode() != "naive" and not getattr(model.net, "recordings", ())
+    graph = replay.graph_of(model, step, batch, *marks, learns=True) if free else None
+    if graph is None:
+        thought = model(*batch[:-1])
+        return loss_of(thought, batch), (thought.predictions.detach(), thought.certainty.detach())
+    loss, *thought, gradients, _ = graph(*batch)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return Learned.apply(graph, loss, gradients, *weights), tuple(value.clone() for value in thought)
 
 
 def backend(device: torch.device):
@@ -141,7 +176,7 @@ def fast(net: nn.Module, weights: Weights, reads: list[Tensor | KeysValues], sta
         nlm_dropout=weights.nlm_dropout, eps=weights.eps, dtype=weights.dtype, device=device, keep=learns,
         wanted=tuple(needed) if learns else (), names=tuple(given),
     )  # fmt: skip
-    runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None)
+    runner = runner_for(spec, Pairs.of(net.sync_action) if c.heads else None, again)
     if runner.weights is not weights:
         runner.weights = weights
         runner.work.taken.clear()
@@ -214,6 +249,7 @@ class Runner:
         self.turn: weakref.ref[Turn] | None = None
         self.graphs: tuple | None = None
         self.grads: dict[str, Tensor] = {}
+        self.lock = threading.Lock()
         self.weights: Weights | None = None
         """Of the last thought: they are taken in once a thought, for its parts may share them."""
 
@@ -225,9 +261,10 @@ class Runner:
     def forward(self, given: dict[str, Tensor], seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         work = self.work
         work.load(given, seed)
-        if self.spec.device.type == "cuda" and self.uses == 1:
+        part = replay.recorded(self.spec.device)
+        if self.spec.device.type == "cuda" and self.uses > 0 and not self.graphs and not part:
             self.capture()
-        if self.graphs:
+        if self.graphs and not part:
             self.graphs[0].replay()
         else:
             work.forward()
@@ -241,7 +278,7 @@ class Runner:
 
     def backward(self, dz: Tensor, dtrace: Tensor | None, dalpha: Tensor | None) -> dict[str, Tensor]:
         self.work.load_gradients(dz, dtrace, dalpha)
-        if self.graphs and self.graphs[1]:
+        if self.graphs and self.graphs[1] and not replay.recorded(self.spec.device):
             self.graphs[1].replay()
             grads = self.grads
         else:
@@ -266,21 +303,44 @@ runners: "OrderedDict[tuple, list[Runner]]" = OrderedDict()
 choosing = threading.Lock()
 
 
-def runner_for(spec: Spec, pairs: Pairs | None) -> Runner:
-    """A runner of this kind whose buffers are free: of this thread's own, for without gradients nothing marks them as
-    used while it thinks."""
-    key = (spec, id(pairs), torch.get_float32_matmul_precision(), threading.get_ident())
+def runner_for(spec: Spec, pairs: Pairs | None, again: bool = False) -> Runner:
+    """A runner of this kind whose buffers are free.
+
+    Without gradients nothing marks them as used while a thought goes on: they are of this thread's own. Those of a
+    thought that is thought again are of the stream's, for the backward pass is on another thread, but in no other
+    stream. Those of a graph are its own for good.
+    """
+    owner = threading.get_ident()
+    if again:
+        owner = torch.cuda.current_stream(spec.device) if spec.device.type == "cuda" else None
+    part = replay.recorded(spec.device)
+    kind = spec, id(pairs), torch.get_float32_matmul_precision()
+    key = *kind, RECORDED if part else owner
     with choosing:
         runners.setdefault(key, [])
         runners.move_to_end(key)
         free = next((runner for runner in runners[key] if not runner.busy), None)
+        if free is None and part:  # that of the steps before, which will not be needed again
+            last = [group for other, group in runners.items() if other[:-1] == kind]
+            free = next((group.pop(i) for group in last for i, r in enumerate(group) if not r.busy), None)
+            runners[key] += [free] if free else []
         if free is None:
             with torch.inference_mode(False):  # its buffers outlive this mode
                 free = Runner(spec, pairs)
             runners[key].append(free)
-        while sum(map(len, runners.values())) > MOST and len(runners) > 1:
+        while sum(map(len, runners.values())) > MOST and len(runners) > 1 and not part:
             runners.popitem(last=False)
     return free
+
+
+RECORDED = "recorded"
+
+
+def take_recorded() -> list[Runner]:
+    """The runners of what was recorded just now, which nothing else may use any more."""
+    with choosing:
+        keys = [key for key in runners if key[-1] == RECORDED]
+        return [runner for key in keys for runner in runners.pop(key)]
 
 
 def clear() -> None:
@@ -323,17 +383,18 @@ class ThinkAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, runner: Runner, *tensors: Tensor):
         ctx.set_materialize_grads(False)
-        z, trace, alpha = runner.forward(dict(zip(runner.spec.names, tensors, strict=True)))
-        ctx.save_for_backward(runner.work.seed.clone(), *tensors)
-        ctx.spec, ctx.pairs = runner.spec, runner.pairs
-        return z.clone(), trace, alpha
+        with runner.lock:
+            z, trace, alpha = runner.forward(dict(zip(runner.spec.names, tensors, strict=True)))
+            ctx.save_for_backward(runner.work.seed.clone(), *tensors)
+            ctx.spec, ctx.pairs = runner.spec, runner.pairs
+            return z.clone(), trace, alpha
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz: Tensor | None, dtrace: Tensor | None, dalpha: Tensor | None):
         seed, *tensors = ctx.saved_tensors
-        runner = runner_for(ctx.spec, ctx.pairs)
-        with torch.autocast(seed.device.type, enabled=False):
+        runner = runner_for(ctx.spec, ctx.pairs, again=True)
+        with runner.lock, torch.autocast(seed.device.type, enabled=False):
             runner.forward(dict(zip(ctx.spec.names, tensors, strict=True)), seed)
             dz = torch.zeros_like(runner.work.z[1:]) if dz is None else dz
             grads = runner.backward(dz, dtrace, dalpha)
@@ -376,3 +437,20 @@ class Scan(torch.autograd.Function):
                 dsync, sync, z, r, betas, alpha0, beta0, dalpha, per_row, ctx.pairs
             )
         return dz, -r * dr, dalpha, dbeta, None
+
+
+class Learned(torch.autograd.Function):
+    """A recorded training step as one step of autograd: weights -> loss, whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx, graph: replay.Replay, loss: Tensor, gradients: tuple[Tensor | None, ...], *weights: Tensor):
+        ctx.graph, ctx.uses, ctx.gradients = graph, graph.uses, gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor):
+        if ctx.graph.uses != ctx.uses:
+            raise RuntimeError("another step was taken before this loss's backward pass; call backward() after each")
+        scaled = iter(torch._foreach_mul([g for g in ctx.gradients if g is not None], dloss))
+        return None, None, None, *(None if g is None else next(scaled) for g in ctx.gradients)

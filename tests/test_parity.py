@@ -91,6 +91,14 @@ def test_the_shipped_model_knows_the_parity_of_64_bits():
     assert (said == parities).all(1).sum() >= 62
 
 
+def test_the_shipped_model_is_found_from_any_folder(train):
+    printed = ok(
+        train("test", "task=parity/quick", "ckpt_path=ctm/assets/parity.safetensors", "data.n_test=20",
+              "trainer.precision=32-true")
+    )  # fmt: skip
+    assert "of 20 unseen test samples" in printed and "solved: 0" not in printed
+
+
 # --------------------------------------------------------------------------------- metrics of every classification
 
 

@@ -56,6 +56,12 @@ def arguments(spec: dict) -> dict:
     }
 
 
+def locate(path: str | Path) -> Path:
+    """The path from where the program was started, or, where there is no such file, of one that is shipped."""
+    path = Path(path)
+    return SHIPPED / path if not path.is_file() and (SHIPPED / path).is_file() else path
+
+
 def read(path: str | Path) -> dict:
     """A checkpoint's content, on the CPU, by `torch.load(weights_only=True)`; or that of a file that `export` wrote.
 
@@ -63,9 +69,7 @@ def read(path: str | Path) -> dict:
         FileNotFoundError: where there is no such file.
         ValueError: where it is not a whole, readable checkpoint.
     """
-    path = Path(path)
-    if not path.is_file() and (SHIPPED / path).is_file():
-        path = SHIPPED / path
+    path = locate(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":

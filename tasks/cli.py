@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig
 
-from ctm.checkpoint import arguments, compare, read
+from ctm.checkpoint import arguments, compare, locate, read
 from tasks.analyze import AnalyzingTrainer
 from tasks.run import (
     Checkpoints,
@@ -93,7 +93,7 @@ def spell(words: list[str]) -> list[str]:
     given = {key: value for key, _, value in (word.lstrip("-").partition("=") for word in rest)}
     if ckpt := given.get("ckpt_path"):
         task = next((name for name in map(task_of, reversed(tasks)) if name), None)
-        path = find_checkpoint(RUNS, ckpt, task, given.get("run")) if ckpt in ("last", "best") else Path(ckpt)
+        path = find_checkpoint(RUNS, ckpt, task, given.get("run")) if ckpt in ("last", "best") else locate(ckpt)
         checkpoint = read_run_checkpoint(path)
         theirs = checkpoint["config"].get("task")
         if task and theirs and task.partition("/")[0] != theirs.partition("/")[0]:

@@ -67,8 +67,10 @@ def learn(model: nn.Module, loss_of: Callable, batch: tuple, *marks: Hashable) -
             gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
         return loss.detach(), thought.predictions.detach(), thought.certainty.detach(), gradients, take_recorded()
 
-    free = mode() != "naive" and not getattr(model.net, "recordings", ())
-    graph = replay.graph_of(model, step, batch, *marks, learns=True) if free else None
+    may = mode() != "naive" and not getattr(model.net, "recordings", ())
+    may = may and not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
+    # In fp16 the loss is scaled, which the gradients of a graph would not be until they had vanished.
+    graph = replay.graph_of(model, step, batch, *marks, learns=True) if may else None
     if graph is None:
         thought = model(*batch[:-1])
         return loss_of(thought, batch), (thought.predictions.detach(), thought.certainty.detach())

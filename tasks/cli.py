@@ -399,7 +399,10 @@ class CLI(LightningCLI):
         if self.subcommand in ("validate", "test"):
             self.config_init[self.subcommand]["verbose"] = False  # Report says it in a line
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
-        self._make_run_folder()
+        try:
+            self._make_run_folder()
+        except FileExistsError:  # another process began in the same second: once more, under another name
+            return self.instantiate_trainer(**kwargs)
         return trainer
 
     def _run_folder(self, ckpt: Path | None) -> Path:
@@ -422,11 +425,18 @@ class CLI(LightningCLI):
         return RUNS / task / (name or stamp)
 
     def _make_run_folder(self) -> None:
-        """Made last, when everything else stands; never one that exists."""
+        """Made last, when everything else stands.
+
+        Raises:
+            FileExistsError: where another process has made it by now.
+            UserError: where it cannot be made.
+        """
         if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
             try:
                 self.folder.mkdir(parents=True, exist_ok=self.resumes)
             except OSError as error:
+                if isinstance(error, FileExistsError) and self.folder.is_dir():
+                    raise
                 raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
         os.environ["CTM_RUN_FOLDER"] = str(self.folder)
         say(f"run: {self.folder}" + (" (continued)" if self.resumes else ""))

@@ -69,6 +69,15 @@ def ok(process) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(train, tmp_path):
+    tests = [train("test", *TINY, "data.n_test=4", wait=False) for _ in range(4)]
+    for process in tests:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-2000:]
+    assert len(list(tmp_path.glob("runs/maze/*-test*/test.json"))) == 4
+
+
 def test_a_run_its_folder_and_its_continuation(train, tmp_path):
     printed = ok(
         train(*TINY, "run=whole", "trainer.max_steps=12", "media_every=10", "media.samples=1")

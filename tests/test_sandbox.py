@@ -156,7 +156,7 @@ tries(lambda n: resource.setrlimit(n, (10**12, 10**12)), resource.RLIMIT_AS, res
       resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
 
 ### fork bomb: processes:
-for _ in range(8): os.fork()
+for _ in range(100): os.fork()
 time.sleep(60)
 ### fork bomb that goes on: time:
 for _ in range(8):

@@ -9,8 +9,8 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from ctm.model import Read, Thought, at_least, batch_of, every_tick, projected_once, reset_rows
-from ctm.modules import CrossAttention, KeysValues, certainty
+from ctm.model import Read, Thought, batch_of, every_tick, projected_once, reset_rows
+from ctm.modules import CrossAttention, KeysValues, at_least, certainty
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,10 @@ from ctm.modules import (
     Synchronization,
     SyncState,
     WindowedSync,
+    at_least,
     certainty,
     choose_pairs,
 )
-
-
-def at_least(least: float, config: object, *names: str) -> None:
-    """Refuses a configuration in which one of these numbers is smaller."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 @dataclass(frozen=True)

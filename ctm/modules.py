@@ -271,3 +271,10 @@ def certainty(predictions: Tensor, n_classes: int) -> Tensor:
     logits = rearrange(predictions, "... (p k) -> ... p k", k=n_classes)
     entropy = -(F.softmax(logits, -1) * F.log_softmax(logits, -1)).sum(-1) / math.log(n_classes)
     return 1 - entropy.mean(-1)
+
+
+def at_least(least: float, config: object, *names: str) -> None:
+    """Refuses a configuration in which one of these numbers is smaller."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")

@@ -50,7 +50,6 @@ class Optim:
                 f"model.optim needs lr > 0 and 0 <= warmup <= steps, got lr={self.lr}, "
                 f"warmup={self.warmup}, steps={self.steps}"
             )
-
         if not 0 <= self.beta2 < 1 or min(self.eps, self.weight_decay, self.final_lr) < 0:
             raise ValueError(
                 f"model.optim needs 0 <= beta2 < 1 and eps, weight_decay and final_lr of at least 0, got "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
@@ -48,6 +49,25 @@ class LSTMState(NamedTuple):
     cell: Tensor
 
 
+class OneStep(nn.LSTM):
+    """A stacked LSTM that takes one step of time: (B, E), state -> (B, D), state.
+
+    cuDNN's would move the weights into a buffer of its own, which a CUDA graph (`ctm.ops.learn`) could not follow, and
+    would round the cell to bf16 at every tick under autocast.
+    """
+
+    def forward(self, x_BE: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        after = []
+        for hidden, cell, (w_x, w_h, b_x, b_h) in zip(*state, self.all_weights, strict=True):
+            x_BE = F.dropout(x_BE, self.dropout, self.training) if after else x_BE
+            gates = F.linear(x_BE, w_x, b_x) + F.linear(hidden, w_h, b_h)
+            enter, keep, new, leave = gates.to(cell.dtype).chunk(4, dim=-1)
+            cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            x_BE = leave.sigmoid() * cell.tanh()
+            after.append((x_BE, cell))
+        return x_BE, LSTMState(*(torch.stack(part) for part in zip(*after, strict=True)))
+
+
 class LSTM(nn.Module):
     """An LSTM in the place of the CTM's recurrence: its hidden state asks the attention and gives the prediction.
 
@@ -70,7 +90,7 @@ class LSTM(nn.Module):
         self.attention = CrossAttention(c.d_input, c.heads, c.dropout) if c.heads else None
         n_in = c.d_input + (c.d_model if c.see_hidden else 0)
         between = c.dropout if c.layers > 1 else 0.0
-        self.lstm = nn.LSTM(n_in, c.d_model, c.layers, batch_first=True, dropout=between)
+        self.lstm = OneStep(n_in, c.d_model, c.layers, dropout=between)
         self.head = nn.Linear(c.d_model, self.out_dims[0] * self.out_dims[1]) if self.out_dims else nn.Identity()
 
     def start(self, batch: int) -> LSTMState:
@@ -88,17 +108,18 @@ class LSTM(nn.Module):
     ) -> Thought:
         """Arguments and errors as `CTM.forward`."""
         reads = projected_once(every_tick(reads, ticks, self.config.ticks), self.attention)
-        hidden, cell = state or self.start(batch_of(reads[0]))
+        state = state or self.start(batch_of(reads[0]))
         tops = []
         for read in reads:
-            o_BE = self.attention(self.query(hidden[-1]), read) if isinstance(read, KeysValues) else read
+            last = state.hidden[-1]
+            o_BE = self.attention(self.query(last), read) if isinstance(read, KeysValues) else read
             if self.config.see_hidden:
-                o_BE = torch.cat([o_BE, hidden[-1]], dim=-1)
-            _, (hidden, cell) = self.lstm(o_BE[:, None], (hidden.contiguous(), cell.contiguous()))
-            tops.append(hidden[-1])
+                o_BE = torch.cat([o_BE, last], dim=-1)
+            top, state = self.lstm(o_BE, state)
+            tops.append(top)
         predictions_BTC = self.head(torch.stack(tops, dim=1)).float()
         sure_BT = certainty(predictions_BTC, self.out_dims[1]) if self.out_dims else None
-        return Thought(predictions_BTC, sure_BT, tops[-1], LSTMState(hidden, cell))
+        return Thought(predictions_BTC, sure_BT, tops[-1], state)
 
 
 @dataclass(frozen=True)

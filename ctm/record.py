@@ -106,7 +106,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         elif isinstance(module, NeuronLevelModels):
             watch(module, "post_activations")
         elif isinstance(module, nn.LSTM):
-            watch(module, "post_activations", lambda output: output[1][0][-1])
+            watch(module, "post_activations", lambda output: output[0])
         elif isinstance(module, Synchronization):
             watch(module, path.rpartition(".")[2], lambda output: output[0])
         elif hasattr(module, "recordings"):

@@ -290,11 +290,11 @@ class Runner:
     def capture(self) -> None:
         """Records both loops. They were run before, so that everything is compiled."""
         forward, backward = torch.cuda.CUDAGraph(), None
-        with torch.cuda.graph(forward, capture_error_mode="thread_local"):
+        with replay.record(forward, self.spec.device):
             self.work.forward()
         if self.spec.keep:
             backward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+            with replay.record(backward, self.spec.device, forward.pool()):
                 self.grads = self.work.backward()
         self.graphs = forward, backward
 

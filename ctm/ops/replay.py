@@ -40,7 +40,7 @@ class Replay:
         with torch.inference_mode(False), grad, autocast, device:
             self.inputs = [x.clone() for x in inputs]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with record(self.graph, inputs[0].device):
                 self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -103,6 +103,17 @@ def may_replay(inputs: tuple, learns: bool) -> bool:
     if torch.is_grad_enabled() != learns or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not (nn_module._has_any_global_hook() or recorded(inputs[0].device))
+
+
+def record(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple | None = None) -> torch.cuda.graph:
+    """Makes a graph of what is launched meanwhile, on a stream of this device: PyTorch's own is of whichever device was
+    the first to be recorded."""
+    return torch.cuda.graph(graph, pool, stream_of(device), capture_error_mode="thread_local")
+
+
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def recorded(device: torch.device) -> bool:

@@ -472,6 +472,7 @@ def recording(device, monkeypatch):
         monkeypatch.setattr(ops.replay, "Replay", Rerun)
         monkeypatch.setattr(ops.replay, "DEVICES", ("cpu",))
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     ops.clear()
 
 
@@ -575,6 +576,25 @@ def test_another_loss_is_another_graph(device, recording):
             loss.backward()
             found.append(loss.item())
     assert found[1] == pytest.approx(3 * found[0], rel=1e-3)
+
+
+def test_pairs_that_are_loaded_are_another_graph(device, recording, monkeypatch):
+    """And those that are only written anew, as DDP does with all buffers at every step, the same one."""
+    model = Thinker(ResNet(8, stages=1), make()).to(device).train()
+    batch = torch.randn(2, 3, 15, 15, device=device), torch.randint(3, (2, 5), device=device)
+    left, graphs, gradients = model.net.sync_action.left, [], []
+    for pairs in [left.clone()] * 4 + [(left + 1) % model.net.config.d_model] * 3:
+        left.copy_(pairs)
+        for path in ("auto", "naive"):
+            monkeypatch.setenv("CTM_OPS", path)
+            model.zero_grad()
+            loss, _ = ops.learn(model, two_ticks, batch)
+            loss.backward()
+            gradients.append(model.net.query.weight.grad.clone())
+            graphs += [type(loss.grad_fn).__name__.startswith("Learned")] if path == "auto" else []
+    assert graphs == [False, True, True, True, False, True, True]
+    assert all(relative(*two) < 1e-3 for two in zip(gradients[::2], gradients[1::2], strict=True))
+    assert relative(gradients[-1], gradients[0]) > 0.1
 
 
 CHANGES = {

@@ -70,7 +70,10 @@ def learn(model: nn.Module, loss_of: Callable, batch: tuple, *marks: Hashable) -
     may = mode() != "naive" and not getattr(model.net, "recordings", ())
     may = may and not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
     # In fp16 the loss is scaled, which the gradients of a graph would not be until they had vanished.
-    graph = replay.graph_of(model, step, batch, *marks, learns=True) if may else None
+    graph = None
+    if may:
+        pairs = [Pairs.of(part) for part in model.modules() if isinstance(part, Synchronization)]
+        graph = replay.graph_of(model, step, batch, *marks, *pairs, learns=True)
     if graph is None:
         thought = model(*batch[:-1])
         return loss_of(thought, batch), (thought.predictions.detach(), thought.certainty.detach())
@@ -221,11 +224,19 @@ class Pairs(torch_tick.Neighbours):
     @classmethod
     def of(cls, sync: Synchronization) -> "Pairs":
         mark = (sync.left.data_ptr(), sync.left._version, sync.right.data_ptr(), sync.right._version)
-        found = cls.cache.get(sync)
-        if found is None or found[0] != mark:
+        of_then, pairs = cls.cache.get(sync, (None, None))
+        if of_then != mark:
             with torch.inference_mode(False):
-                found = cls.cache[sync] = mark, cls(sync)
-        return found[1]
+                if pairs is None or not pairs.still(sync):
+                    pairs = cls(sync)
+            cls.cache[sync] = mark, pairs
+        return pairs
+
+    def still(self, sync: Synchronization) -> bool:
+        """Whether they are the same as ever: DDP writes every buffer anew at every step."""
+        if self.left.device != sync.left.device or self.left.shape != sync.left.shape:
+            return False
+        return bool((self.left == sync.left).all() & (self.right == sync.right).all())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ class ParityTask(Task):
     Args:
         length: of a sequence, at least 8.
         lookahead: null for the published loss. A number asks for the places one after the other at an even pace
-            (`ctm.loss.paced_loss`), and of those not nearly always right only for the next so many.
+            (`ctm.loss.paced_loss`), of those not nearly always right only for the next so many, and adds the published
+            loss when all are asked for.
         n_val: validation sequences.
         n_test: test sequences.
         batch_size: training sequences of a step, per process.
@@ -86,10 +87,12 @@ class ParityTask(Task):
         return Sequences(self, split, {"train": None, "val": self.n_val, "test": self.n_test}[split])
 
     def loss(self, thought: Thought, batch: Batch, most_certain: bool = True) -> Tensor:
+        published = super().loss(thought, batch, most_certain)
         if self.lookahead is None:
-            return super().loss(thought, batch, most_certain)
+            return published
         asked_P = beginning(thought.predictions, batch[1], self.lookahead)
-        return paced_loss(thought.predictions, batch[1], asked_P)
+        # At an even pace nothing says that the most certain tick must not come before the last places are due.
+        return paced_loss(thought.predictions, batch[1], asked_P) + asked_P.min() * published
 
     def difficulty(self, batch: Batch) -> Tensor:
         """How often the parity flips."""

@@ -597,6 +597,43 @@ def test_pairs_that_are_loaded_are_another_graph(device, recording, monkeypatch)
     assert relative(gradients[-1], gradients[0]) > 0.1
 
 
+class Step(nn.Module):
+    """A training step as a module, which is what DDP wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch):
+        return ops.learn(self.model, two_ticks, batch)[0]
+
+
+def test_recorded_steps_under_ddp(device, recording):
+    """DDP writes all buffers before every step, and gathers the gradients of a recorded one as of any other."""
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = Thinker(ResNet(8, stages=1), make()).to(device).train()
+        step = nn.parallel.DistributedDataParallel(Step(model))
+        batch = torch.randn(2, 3, 15, 15, device=device), torch.randint(3, (2, 5), device=device)
+        graphs, gradients = [], []
+        for _ in range(4):
+            for buffer in model.buffers():
+                buffer.copy_(buffer.clone())  # as where there is more than one process
+            model.zero_grad()
+            loss = step(*batch)
+            loss.backward()
+            graphs.append(type(loss.grad_fn).__name__.startswith("Learned"))
+            gradients.append([p.grad.clone() for name, p in model.named_parameters() if not name.endswith(NOISE)])
+        assert graphs == [False, True, True, True]
+        for later in gradients[1:]:
+            assert all(relative(a, b) < 1e-3 for a, b in zip(later, gradients[0], strict=True))
+    finally:
+        distributed.destroy_process_group()
+
+
 CHANGES = {
     "an activation": lambda model: setattr(model.encoder.stem, "2", nn.GELU().eval()),
     "an eps": lambda model: setattr(model.encoder.stem[1], "eps", 0.5),

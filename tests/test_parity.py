@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -127,6 +128,23 @@ def test_curriculum_by_hand():
     batch = torch.zeros(10, 8), torch.ones(10, 8, dtype=torch.long)
     loss = small(length=8, lookahead=3).loss(Thought(logits(probability), torch.ones(10, 1)), batch)
     assert float(loss) == pytest.approx(-float(probability[:, 0, :5].log().mean()), rel=1e-5)
+
+
+def test_when_all_is_asked_the_published_loss_is_added():
+    """Sure of the first tick, where all is right that is due and the last place is not: only the published loss sees."""
+    probability = torch.full((10, 2, 8), 0.99)
+    probability[:, 0, 7] = 0.01
+    thought = Thought(logits(probability), torch.tensor([[0.9, 0.8]]).repeat(10, 1))
+    batch = torch.zeros(10, 8), torch.ones(10, 8, dtype=torch.long)
+    published = small(length=8).loss(thought, batch).item()
+    paced = -math.log(0.99)
+    assert published > 0.25 > 20 * paced
+    assert small(length=8, lookahead=1).loss(thought, batch).item() == pytest.approx(paced + published, rel=1e-4)
+    probability[:, 1, 2] = 0.01  # the third place is not known: the last is not asked for
+    thought = thought._replace(predictions=logits(probability))
+    mask = due(2, 8) & (torch.arange(8) < 4)
+    expected = -float(probability[0][mask].log().mean())
+    assert small(length=8, lookahead=2).loss(thought, batch).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_pace_by_hand():

@@ -279,6 +279,18 @@ def test_two_processes(train, tmp_path):
     assert checkpoint(tmp_path / "runs/maze/two")["global_step"] == 6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("task", ["maze/small", "parity/quick"])
+def test_two_gpus(task, train):
+    """By recorded steps, twenty of them, with an even share of the test for each."""
+    tiny = ["data.n_val=8", "data.n_test=8", "data.batch_size=8", "data.num_workers=0", "model.optim.steps=20"]
+    gpus = ["trainer.accelerator=gpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.logger=false", "run=two"]
+    steps = ["trainer.max_steps=20", "trainer.val_check_interval=20", "media.every=0"]
+    printed = ok(train(f"task={task}", *tiny, *gpus, *steps))
+    assert "of 8 unseen test samples" in printed and "step 20" in printed
+
+
 @pytest.mark.slow
 def test_repeat_over_seeds(train, tmp_path):
     printed = ok(train("repeat", *TINY, "overlay=fast", "trainer.max_steps=2", "seeds=0,1", "run=r"))

@@ -131,7 +131,7 @@ def test_curriculum_by_hand():
 
 
 def test_when_all_is_asked_the_published_loss_is_added():
-    """Sure of the first tick, where all that is due is right and the last place is not: only the published loss sees it."""
+    """Sure of the first tick, where what is due is right and the last place is not: the published loss sees it."""
     probability = torch.full((10, 2, 8), 0.99)
     probability[:, 0, 7] = 0.01
     thought = Thought(logits(probability), torch.tensor([[0.9, 0.8]]).repeat(10, 1))

@@ -284,7 +284,7 @@ def test_two_processes(train, tmp_path):
 @pytest.mark.parametrize("task", ["maze/small", "parity/quick"])
 def test_two_gpus(task, train):
     """By recorded steps, twenty of them, with an even share of the test for each."""
-    tiny = ["data.n_val=8", "data.n_test=8", "data.batch_size=8", "data.num_workers=0", "model.optim.steps=20"]
+    tiny = ["data.n_val=8", "data.n_test=8", "data.batch_size=8", "data.num_workers=0", "model.optim.warmup=2"]
     gpus = ["trainer.accelerator=gpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.logger=false", "run=two"]
     steps = ["trainer.max_steps=20", "trainer.val_check_interval=20", "media.every=0"]
     printed = ok(train(f"task={task}", *tiny, *gpus, *steps))

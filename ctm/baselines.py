@@ -61,9 +61,9 @@ class OneStep(nn.LSTM):
         for hidden, cell, (w_x, w_h, b_x, b_h) in zip(*state, self.all_weights, strict=True):
             x_BE = F.dropout(x_BE, self.dropout, self.training) if after else x_BE
             gates = F.linear(x_BE, w_x, b_x) + F.linear(hidden, w_h, b_h)
-            enter, keep, new, leave = gates.to(cell.dtype).chunk(4, dim=-1)
-            cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
-            x_BE = leave.sigmoid() * cell.tanh()
+            i, f, g, o = gates.to(cell.dtype).chunk(4, dim=-1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            x_BE = o.sigmoid() * cell.tanh()
             after.append((x_BE, cell))
         return x_BE, LSTMState(*(torch.stack(part) for part in zip(*after, strict=True)))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import relative
 
 from ctm import CTM, CTMConfig, record
-from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig
+from ctm.baselines import LSTM, FeedForward, FFConfig, LSTMConfig, OneStep
 from ctm.encoders import ResNet
 from ctm.loss import route_loss
 from ctm.modules import (
@@ -229,6 +229,23 @@ def test_models_pickle_copy_and_follow_the_seed():
     tokens = torch.randn(2, 6, 8)
     for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
         assert torch.equal(twin(tokens).predictions, first(tokens).predictions)
+
+
+def test_a_step_of_the_lstm_is_that_of_pytorch():
+    torch.manual_seed(0)
+    step = OneStep(3, 5, 2, dropout=0.5)
+    usual = torch.nn.LSTM(3, 5, 2)
+    usual.load_state_dict(step.state_dict())
+    state = theirs = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    for x_BE in torch.randn(3, 4, 3):
+        top, state = step.eval()(x_BE, state)
+        expected, theirs = usual(x_BE[None], theirs)
+        assert relative(top, expected[0]) < 1e-6
+        assert all(relative(ours, other) < 1e-6 for ours, other in zip(state, theirs, strict=True))
+    zeros = torch.zeros(2, 1000, 5), torch.zeros(2, 1000, 5)
+    with torch.no_grad():  # dropout between the layers, and nowhere else
+        (first, second), _ = step.train()(torch.ones(1000, 3), zeros)[1]
+    assert len(first.unique(dim=0)) == 1 and len(second.unique(dim=0)) > 16
 
 
 def test_baselines_keep_the_contract():

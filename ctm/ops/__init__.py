@@ -1,5 +1,7 @@
 """The fast recurrence behind one seam: `think` does what `ctm.model.CTM`'s loop does, or says that it cannot.
 
+`learn` takes a training step, forward, loss and backward, which a GPU replays as one CUDA graph.
+
 `CTM_OPS=naive` forces the plain loop. Without it a CPU takes hand-written steps in PyTorch, a GPU Triton kernels in
 CUDA graphs; `CTM_OPS=triton` takes the kernels anywhere (for Triton's interpreter).
 """
@@ -65,13 +67,12 @@ def learn(model: nn.Module, loss_of: Callable, batch: tuple, *marks: Hashable) -
         loss = loss_of(thought, batch)
         with torch.autocast(loss.device.type, enabled=False):
             gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-        return loss.detach(), thought.predictions.detach(), thought.certainty.detach(), gradients, take_recorded()
+        return loss.detach(), thought.predictions.detach(), thought.certainty.detach(), gradients, take_captured()
 
-    may = mode() != "naive" and not getattr(model.net, "recordings", ())
-    may = may and not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
     # In fp16 the loss is scaled, which the gradients of a graph would not be until they had vanished.
+    scaled = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
     graph = None
-    if may:
+    if mode() != "naive" and not scaled and not getattr(model.net, "recordings", ()):
         pairs = [Pairs.of(part) for part in model.modules() if isinstance(part, Synchronization)]
         graph = replay.graph_of(model, step, batch, *marks, *pairs, learns=True)
     if graph is None:
@@ -274,7 +275,7 @@ class Runner:
     def forward(self, given: dict[str, Tensor], seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         work = self.work
         work.load(given, seed)
-        part = replay.recorded(self.spec.device)
+        part = replay.capturing(self.spec.device)
         if self.spec.device.type == "cuda" and self.uses > 0 and not self.graphs and not part:
             self.capture()
         if self.graphs and not part:
@@ -291,7 +292,7 @@ class Runner:
 
     def backward(self, dz: Tensor, dtrace: Tensor | None, dalpha: Tensor | None) -> dict[str, Tensor]:
         self.work.load_gradients(dz, dtrace, dalpha)
-        if self.graphs and self.graphs[1] and not replay.recorded(self.spec.device):
+        if self.graphs and self.graphs[1] and not replay.capturing(self.spec.device):
             self.graphs[1].replay()
             grads = self.grads
         else:
@@ -301,11 +302,11 @@ class Runner:
     def capture(self) -> None:
         """Records both loops. They were run before, so that everything is compiled."""
         forward, backward = torch.cuda.CUDAGraph(), None
-        with replay.record(forward, self.spec.device):
+        with replay.capture(forward, self.spec.device):
             self.work.forward()
         if self.spec.keep:
             backward = torch.cuda.CUDAGraph()
-            with replay.record(backward, self.spec.device, forward.pool()):
+            with replay.capture(backward, self.spec.device, forward.pool()):
                 self.grads = self.work.backward()
         self.graphs = forward, backward
 
@@ -326,9 +327,9 @@ def runner_for(spec: Spec, pairs: Pairs | None, again: bool = False) -> Runner:
     owner = threading.get_ident()
     if again:
         owner = torch.cuda.current_stream(spec.device) if spec.device.type == "cuda" else None
-    part = replay.recorded(spec.device)
+    part = replay.capturing(spec.device)
     kind = spec, id(pairs), torch.get_float32_matmul_precision()
-    key = *kind, RECORDED if part else owner
+    key = *kind, CAPTURED if part else owner
     with choosing:
         runners.setdefault(key, [])
         runners.move_to_end(key)
@@ -346,13 +347,13 @@ def runner_for(spec: Spec, pairs: Pairs | None, again: bool = False) -> Runner:
     return free
 
 
-RECORDED = "recorded"
+CAPTURED = "captured"
 
 
-def take_recorded() -> list[Runner]:
-    """The runners of what was recorded just now, which nothing else may use any more."""
+def take_captured() -> list[Runner]:
+    """The runners of what was captured just now, which nothing else may use any more."""
     with choosing:
-        keys = [key for key in runners if key[-1] == RECORDED]
+        keys = [key for key in runners if key[-1] == CAPTURED]
         return [runner for key in keys for runner in runners.pop(key)]
 
 

@@ -40,7 +40,7 @@ class Replay:
         with torch.inference_mode(False), grad, autocast, device:
             self.inputs = [x.clone() for x in inputs]
             self.graph = torch.cuda.CUDAGraph()
-            with record(self.graph, inputs[0].device):
+            with capture(self.graph, inputs[0].device):
                 self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -102,12 +102,12 @@ def may_replay(inputs: tuple, learns: bool) -> bool:
         return False
     if torch.is_grad_enabled() != learns or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (nn_module._has_any_global_hook() or recorded(inputs[0].device))
+    return not (nn_module._has_any_global_hook() or capturing(inputs[0].device))
 
 
-def record(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple | None = None) -> torch.cuda.graph:
+def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple | None = None) -> torch.cuda.graph:
     """Makes a graph of what is launched meanwhile, on a stream of this device: PyTorch's own is of whichever device was
-    the first to be recorded."""
+    the first to be captured."""
     return torch.cuda.graph(graph, pool, stream_of(device), capture_error_mode="thread_local")
 
 
@@ -116,7 +116,7 @@ def stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def recorded(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether what is launched now becomes a part of a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

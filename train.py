@@ -19,8 +19,6 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def main() -> None:
-    import svf  # noqa: F401 (first: it keeps what PEFT imports from talking)
-
     if sys.argv[1:2] == ["repeat"]:
         from tasks.repeat import repeat
 

@@ -25,7 +25,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-import svf  # noqa: F401 (first: it keeps what PEFT imports from talking)
 from ctm import checkpoint
 from ctm.baselines import FeedForward
 from ctm.record import record

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from lightning import LightningModule
-from peft import PeftConfig
 from torch import Tensor
 
 from ctm import checkpoint, ops
@@ -17,7 +16,7 @@ from ctm.early_exit import think_until
 from ctm.encoders import Encoder
 from ctm.loss import gather_tick
 from ctm.model import CTM, CTMConfig, Thinker, Thought
-from svf.attach import Adapting, attach
+from svf.attach import Adapting, PeftConfig, attach
 from tasks.base import Task
 from tasks.metrics import CUMULATIVE, ByDifficulty, Calibration, answer_tick
 from tasks.optim import Optim, QuantileClip

@@ -4,7 +4,7 @@
 import logging
 
 # PEFT imports bitsandbytes and torchao where they are installed, and they talk of kernels that are not: an error on the
-# command line is one line. Before anything imports PEFT.
+# command line is one line. Before anything imports PEFT: outside this package it is taken from here (`svf.attach`).
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 

@@ -23,9 +23,9 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig
 
 from ctm.checkpoint import arguments, compare, locate, read
+from svf.attach import PeftConfig
 from tasks.analyze import AnalyzingTrainer
 from tasks.run import (
     Checkpoints,

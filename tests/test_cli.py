@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -265,3 +266,10 @@ def test_interval_is_students():
     middle, half = interval([0.8, 0.82, 0.87])
     assert middle == pytest.approx(0.83)
     assert half == pytest.approx(4.302653 * 0.0360555 / 3**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("module", ["tasks.cli", "ctm.lit", "ctm.demo"])
+def test_what_peft_imports_keeps_quiet(module):
+    """torchao and bitsandbytes, of which the tests' environment has both, say at import what they lack."""
+    said = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
+    assert not said.stdout + said.stderr
